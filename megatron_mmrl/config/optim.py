@@ -1,0 +1,35 @@
+"""Optimizer and learning-rate schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_mmrl.config.checks import at_least, require, within
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimConfig:
+    """Keys under ``optim.`` (GRPO) and ``supervised.optim.`` (warm-up); Adam with decoupled weight decay."""
+
+    lr: float = 1e-6
+    min_lr: float = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """From ``lr`` after the warm-up to ``min_lr`` at the last update."""
+    warmup_updates: int = 0
+    """Optimizer updates of linear warm-up."""
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+    """Global gradient norm is clipped to this; 0: off."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"optim.lr={self.lr}: must be above 0")
+        within("optim.min_lr", self.min_lr, 0.0, self.lr)
+        at_least("optim.warmup_updates", self.warmup_updates, 0)
+        at_least("optim.weight_decay", self.weight_decay, 0)
+        at_least("optim.clip_grad", self.clip_grad, 0)
+        for key in ("beta1", "beta2"):
+            within(f"optim.{key}", getattr(self, key), 0.0, 1.0)

@@ -1,0 +1,60 @@
+"""How completions are sampled. Names are SGLang's where it has one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_mmrl.config.checks import at_least, require, within
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutConfig:
+    """Keys under ``rollout.``"""
+
+    num_engines: int = 1
+    """SGLang servers; each is started by one trainer rank, its leader."""
+    tensor_parallel_size: int = 1
+    """Tensor-parallel size of each engine."""
+    prompts_per_step: int = 16
+    samples_per_prompt: int = 8
+    """Completions per prompt: the group of GRPO."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    """Training refuses anything but 1: the trainer could not reproduce the engine's log-probs."""
+    top_k: int = -1
+    """Training refuses anything but -1 (off), for the same reason."""
+    max_response_tokens: int = 64
+    deterministic: bool = False
+    """Make sampling a function of (seed, step, prompt, sample index); slower. See docs/determinism.md."""
+    request_timeout_s: float = 120.0
+    """Limit of every request to the engine."""
+    startup_timeout_s: float = 180.0
+    """Limit for an engine to become ready."""
+    max_total_tokens: int | None = None
+    """KV cache size in tokens; unset: SGLang decides."""
+    mem_fraction_static: float = 0.6
+    """Share of the device's memory for weights and KV cache (SGLang's meaning)."""
+    max_running_requests: int = 256
+    weight_bucket_bytes: int = 1 << 29
+    """Weights travel to the engine in buckets of at most this size (a larger tensor travels alone)."""
+
+    def __post_init__(self) -> None:
+        for key in (
+            "num_engines",
+            "tensor_parallel_size",
+            "prompts_per_step",
+            "samples_per_prompt",
+            "max_response_tokens",
+            "max_running_requests",
+            "weight_bucket_bytes",
+        ):
+            at_least(f"rollout.{key}", getattr(self, key), 1)
+        require(self.temperature > 0, f"rollout.temperature={self.temperature}: must be above 0 to train")
+        within("rollout.mem_fraction_static", self.mem_fraction_static, 0.01, 0.99)
+        require(
+            self.top_p == 1.0 and self.top_k == -1,
+            f"rollout.top_p={self.top_p}, rollout.top_k={self.top_k}: training needs top_p=1 and top_k=-1, because "
+            "SGLang returns log-probs of the full softmax and not of the cut one",
+        )
+        for key in ("request_timeout_s", "startup_timeout_s"):
+            require(getattr(self, key) > 0, f"rollout.{key}={getattr(self, key)}: must be above 0")

@@ -1,0 +1,1 @@
+"""The algorithm's loop and its phases."""

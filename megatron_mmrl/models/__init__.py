@@ -1,0 +1,1 @@
+"""Models on megatron-core and their Hugging Face names."""

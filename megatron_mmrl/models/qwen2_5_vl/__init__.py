@@ -1,0 +1,1 @@
+"""Qwen2.5-VL: Hugging Face's vision tower on megatron-core's GPTModel."""

@@ -1,0 +1,1 @@
+"""From Megatron's shards to the rollout engine's weights."""

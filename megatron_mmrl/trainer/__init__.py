@@ -1,0 +1,1 @@
+"""The Megatron policy: forward passes, log-probs, updates."""
