@@ -122,6 +122,8 @@ class TrainSequence:
     rollout_logprobs: NDArray[np.float32]  # [L], 0 outside the mask
     pixel_values: NDArray[np.float32]  # [N, D]
     image_grid_thw: NDArray[np.int64]  # [I, 3]
+    old_logprobs: NDArray[np.float32] | None = None  # [L], trainer's log pi_old; None: same as the current policy
+    ref_logprobs: NDArray[np.float32] | None = None  # [L]; None: no KL term
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,55 +2,36 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from megatron_mmrl.config.build import ConfigError, build
 from megatron_mmrl.config.root import Config
-
-
-class ConfigError(ValueError):
-    """The configuration cannot be used; the message says which key and what would work."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply ``key=value`` overrides, check everything.
 
+    A key is dotted and may index a list (``reward.terms[0].weight=0.5``); a value is YAML and replaces what the file
+    has. ``${section.key}`` in a value stands for another key's value.
+
     Raises:
         ConfigError: file missing or not YAML, unknown key, wrong type, value out of range.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigError(f"config file {file} does not exist")
-    try:
-        loaded = OmegaConf.load(file)
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {file} is not valid YAML: {error}") from error
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"config file {file} must hold a mapping of keys, not {type(loaded).__name__}")
+    tree = _read(Path(path))
     for override in overrides:
-        key, separator, _ = override.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"override {override!r} is not of the form key=value")
-    given = OmegaConf.unsafe_merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-    _reject_unknown_keys(given)
+        _apply(tree, override)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), given)
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]  # builds the dataclasses, runs their checks
-    except MissingMandatoryValue as error:
-        raise ConfigError(f"{error.full_key} is not set; give it in {file} or as {error.full_key}=...") from error
-    except ConfigKeyError as error:
-        raise ConfigError(f"unknown key {error.full_key}") from error
-    except OmegaConfBaseException as error:
+        values = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    return build(Config, values)
 
 
 def dump_config(config: Config) -> str:
@@ -58,38 +39,39 @@ def dump_config(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def known_keys(cls: type = Config, prefix: str = "") -> Iterator[str]:
-    """Every dotted key that can be set."""
-    hints = get_type_hints(cls)
-    for item in fields(cls):
-        key = f"{prefix}{item.name}"
-        if is_dataclass(hints[item.name]):
-            yield from known_keys(hints[item.name], f"{key}.")
-        else:
-            yield key
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ConfigError(f"config file {file} does not exist")
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(file))
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
+        raise ConfigError(f"config file {file} is not valid YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"config file {file} must hold keys and values, not a {type(loaded).__name__}")
+    return {str(key): value for key, value in loaded.items()}
 
 
-def _reject_unknown_keys(given: DictConfig) -> None:
-    known = list(known_keys())
-    for key in _given_keys(given, known):
-        if key not in known:
-            hint = _nearest(key, known)
-            raise ConfigError(f"unknown key {key}" + (f"; did you mean {hint}?" if hint else ""))
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Set one ``key=value`` in ``tree``, making sections on the way."""
+    key, separator, text = override.partition("=")
+    if not separator or not re.fullmatch(r"\w+(\[\d+\])*(\.\w+(\[\d+\])*)*", key):
+        raise ConfigError(f"override {override!r} is not of the form key=value")
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index,call-overload]
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
+    *way, last = [int(part) if part.isdigit() else part for part in re.findall(r"\w+", key)]
+    node: Any = tree
+    for part in way:
+        if isinstance(node, dict) and not isinstance(node.get(part), (dict, list)):
+            node[part] = {}
+        node = _item(node, part, override)
+    if isinstance(node, list):
+        _item(node, last, override)
+    node[last] = value
 
 
-def _given_keys(node: DictConfig, known: list[str], prefix: str = "") -> Iterator[str]:
-    for name in node:
-        key = f"{prefix}{name}"
-        child = node._get_node(name)
-        if isinstance(child, DictConfig) and any(k.startswith(f"{key}.") for k in known):
-            yield from _given_keys(child, known, f"{key}.")
-        else:
-            yield key
-
-
-def _nearest(key: str, known: list[str]) -> str | None:
-    matches = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if not matches:  # right name, wrong section: compare the last part alone
-        last = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
-        matches = [last[m] for m in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.7)]
-    return matches[0] if matches else None
+def _item(node: Any, part: str | int, override: str) -> Any:
+    if isinstance(node, list) and not (isinstance(part, int) and part < len(node)):
+        raise ConfigError(f"override {override!r}: the config file has a list of {len(node)} there, no item {part}")
+    return node[part]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from megatron_mmrl.config.checks import at_least, require, within
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimConfig:
-    """Keys under ``optim.`` (GRPO) and ``supervised.optim.`` (warm-up); Adam with decoupled weight decay."""
+    """Keys under ``optim.``; Adam with decoupled weight decay."""
+
+    section: ClassVar[str] = "optim"  # what messages call it
 
     lr: float = 1e-6
     min_lr: float = 0.0
@@ -26,10 +28,10 @@ class OptimConfig:
     """Global gradient norm is clipped to this; 0: off."""
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, f"optim.lr={self.lr}: must be above 0")
-        within("optim.min_lr", self.min_lr, 0.0, self.lr)
-        at_least("optim.warmup_updates", self.warmup_updates, 0)
-        at_least("optim.weight_decay", self.weight_decay, 0)
-        at_least("optim.clip_grad", self.clip_grad, 0)
+        require(self.lr > 0, f"{self.section}.lr={self.lr}: must be above 0")
+        within(f"{self.section}.min_lr", self.min_lr, 0.0, self.lr)
+        at_least(f"{self.section}.warmup_updates", self.warmup_updates, 0)
+        at_least(f"{self.section}.weight_decay", self.weight_decay, 0)
+        at_least(f"{self.section}.clip_grad", self.clip_grad, 0)
         for key in ("beta1", "beta2"):
-            within(f"optim.{key}", getattr(self, key), 0.0, 1.0)
+            within(f"{self.section}.{key}", getattr(self, key), 0.0, 1.0)

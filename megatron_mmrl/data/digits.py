@@ -1,0 +1,124 @@
+"""The quickstart's task: questions about real scanned digits (scikit-learn's ``load_digits``), in veRL's schema.
+
+1,797 scans of 8 x 8 grey pixels. A scan is in the training files or in the test file, never in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image
+
+from megatron_mmrl.data.images import to_png
+from megatron_mmrl.types import IMAGE_TAG
+
+Task = Literal["read", "add", "both"]
+TASKS = ("read", "add", "both")
+
+_NUM_TEST_SCANS = 397
+_QUESTIONS = {
+    "read": "<image>Which digit is this? Think, then answer.",
+    "add": "<image><image>Add the two digits. Think, then answer.",
+}
+_ROW_GROUP = 256  # rows that a reader decodes at once
+_SCHEMA = pa.schema(
+    [
+        ("data_source", pa.string()),
+        ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
+        ("ability", pa.string()),
+        ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
+        (
+            "extra_info",
+            pa.struct([("split", pa.string()), ("solution", pa.string()), ("scans", pa.list_(pa.int64()))]),
+        ),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DigitsOptions:
+    """What is asked, and how often."""
+
+    task: Task = "read"
+    """``read``: one image, one digit. ``add``: two images, the sum. ``both``: the two in turn."""
+    train_rows: int = 2048
+    test_rows: int = 256
+    seed: int = 0
+    """Order and pairing of the scans; which scans are held out does not depend on it."""
+    image_size: int = 56
+    """Side of the square PNG in pixels; 56 gives four image tokens."""
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"task {self.task!r} is not known; use one of {', '.join(TASKS)}")
+        if self.train_rows < 1 or self.test_rows < 1:
+            raise ValueError(f"train_rows={self.train_rows}, test_rows={self.test_rows}: both must be at least 1")
+
+
+def write_digits(out_dir: Path, options: DigitsOptions | None = None) -> None:
+    """Write ``train.parquet`` and ``test.parquet`` to ``out_dir``; the same options give the same rows."""
+    from sklearn.datasets import load_digits
+
+    options = options or DigitsOptions()
+    images, labels = load_digits(return_X_y=True)
+    pngs = [_png(pixels.reshape(8, 8), options.image_size) for pixels in images]
+    order = np.random.default_rng(0).permutation(len(labels))
+    pools = {"test": order[:_NUM_TEST_SCANS], "train": order[_NUM_TEST_SCANS:]}
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for stream, (split, num_rows) in enumerate((("train", options.train_rows), ("test", options.test_rows))):
+        rng = np.random.default_rng([options.seed, stream])
+        tasks = ["read", "add"] if options.task == "both" else [options.task]
+        scans = _endless(pools[split], num_rows * len(tasks), rng)
+        rows, used = [], 0
+        for number in range(num_rows):
+            task = tasks[number % len(tasks)]
+            count = 2 if task == "add" else 1
+            chosen = scans[used : used + count]
+            used += count
+            rows.append(_row(task, split, chosen, labels, pngs))
+        pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), out_dir / f"{split}.parquet", row_group_size=_ROW_GROUP)
+
+
+def digits_texts() -> tuple[str, ...]:
+    """Questions and solutions, for learning a tokenizer in which each word is one token."""
+    questions = [question.replace(IMAGE_TAG, "") for question in _QUESTIONS.values()]
+    return (*questions, _solution("read", [7]), _solution("add", [3, 4]))
+
+
+def _endless(pool: NDArray[np.int64], length: int, rng: np.random.Generator) -> list[int]:
+    """``length`` scans and then some: the pool in one random order after another."""
+    rounds = -(-2 * length // len(pool))
+    return np.concatenate([rng.permutation(pool) for _ in range(rounds)]).tolist()
+
+
+def _row(
+    task: str, split: str, scans: Sequence[int], labels: NDArray[np.int64], pngs: Sequence[bytes]
+) -> dict[str, Any]:
+    digits = [int(labels[scan]) for scan in scans]
+    return {
+        "data_source": f"digits/{task}",
+        "prompt": [{"role": "user", "content": _QUESTIONS[task]}],
+        "images": [{"bytes": pngs[scan], "path": None} for scan in scans],
+        "ability": "digits",
+        "reward_model": {"style": "rule", "ground_truth": str(sum(digits))},
+        "extra_info": {"split": split, "solution": _solution(task, digits), "scans": list(scans)},
+    }
+
+
+def _solution(task: str, digits: Sequence[int]) -> str:
+    thought = "+".join(map(str, digits)) if task == "add" else str(digits[0])
+    return f"<think>{thought}</think><answer>{sum(digits)}</answer>"
+
+
+def _png(pixels: NDArray[np.float64], size: int) -> bytes:
+    """Grey levels 0 .. 16, white on black, enlarged."""
+    grey = Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8))
+    return to_png(grey.resize((size, size), resample=Image.Resampling.BILINEAR))

@@ -1,0 +1,92 @@
+"""The run's log as the loop sees it: timed phases, a row per step, completions, a curve at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from megatron_mmrl.config.run import RunConfig
+from megatron_mmrl.metrics.curve import plot_curve
+from megatron_mmrl.metrics.progress import Progress
+from megatron_mmrl.metrics.timers import Timers
+from megatron_mmrl.metrics.writer import JsonlWriter, MetricsWriter
+from megatron_mmrl.types import Group
+
+
+class RunLog:
+    """Every rank times its phases; rank 0 alone writes."""
+
+    def __init__(self, run: RunConfig, *, num_steps: int, writes: bool, resume_step: int = 0) -> None:
+        self._dir, self._run, self._writes = Path(run.output_dir), run, writes
+        self._timers = Timers()
+        if writes:
+            self._metrics = MetricsWriter(
+                self._dir, tensorboard=run.tensorboard, wandb_project=run.wandb_project, resume_step=resume_step
+            )
+            self._progress = Progress(num_steps)
+            self._supervised: JsonlWriter | None = None
+
+    @contextmanager
+    def time(self, phase: str) -> Iterator[None]:
+        """Add the seconds of this block to ``time/<phase>_s`` of the next row."""
+        with self._timers.time(phase):
+            yield
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        """Write one row with the times since the last one."""
+        times = self._timers.flush()
+        if not self._writes:
+            return
+        full = {"step": float(step), **row, **times}
+        if "tokens" in row and times.get("time/step_s"):
+            full["tokens_per_second"] = row["tokens"] / times["time/step_s"]
+        self._metrics.write(step, full)
+        self._progress.show(full)
+
+    def supervised(self, step: int, row: Mapping[str, float]) -> None:
+        """Write one row of the supervised warm-up to a file of its own."""
+        times = self._timers.flush()
+        if not self._writes:
+            return
+        if self._supervised is None:
+            self._supervised = JsonlWriter(self._dir / "supervised.jsonl", resume_step=0)
+        self._supervised.write(step, {"step": float(step), **row, **times})
+        self._progress.note(f"supervised step {step}: loss {row['loss']:.3f}")
+
+    def completions(self, step: int, groups: Sequence[Group]) -> None:
+        """Write ``completions/step_N.jsonl``: one line per response."""
+        if not self._writes or not self._run.log_completions:
+            return
+        path = self._dir / "completions" / f"step_{step}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            for group in groups:
+                _write_group(file, group)
+
+    def close(self) -> None:
+        """Finish the files and draw ``curve.png``."""
+        if not self._writes:
+            return
+        self._progress.close()
+        self._metrics.close()
+        if (self._dir / "metrics.jsonl").stat().st_size:
+            plot_curve(self._dir / "metrics.jsonl", self._dir / "curve.png")
+
+
+def _write_group(file: IO[str], group: Group) -> None:
+    for index, (response, score) in enumerate(zip(group.responses, group.scores or (), strict=True)):
+        record = {
+            "prompt_id": group.prompt.prompt.id,
+            "sample": index,
+            "text": response.text,
+            "answer": group.prompt.prompt.answer,
+            "reward": score.total,
+            "terms": dict(score.terms),
+            "error": score.error,
+            "length": len(response.ids),
+            "finish": response.finish,
+        }
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -1,0 +1,126 @@
+"""Which models exist, by the ``model_type`` of a checkpoint's ``config.json``. Loads torch only to build one."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_mmrl.config.checks import require
+from megatron_mmrl.config.model import ModelConfig
+from megatron_mmrl.config.parallel import ParallelConfig
+
+if TYPE_CHECKING:
+    from megatron_mmrl.models.qwen2_5_vl.model import Qwen25VL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """Where a model's functions are, as ``module:function``; imported when used."""
+
+    build: str
+    """(path, parallel, model) -> list of chunks."""
+    position_ids: str
+    """(ids, image_grid_thw, *, image_token_id, merge_size) -> int64 [3, L]."""
+
+
+MODELS: dict[str, ModelSpec] = {
+    "qwen2_5_vl": ModelSpec(
+        build="megatron_mmrl.models.qwen2_5_vl.model:build",
+        position_ids="megatron_mmrl.models.qwen2_5_vl.mrope:position_ids",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What is known of a checkpoint from its JSON files alone."""
+
+    model_type: str
+    vocab_size: int
+    """Rows of the embedding; more than the tokenizer has ids."""
+    tied: bool
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    merge_size: int
+    """Patches of a merged patch's side: an image token stands for merge_size^2 patches."""
+    eos_token_ids: tuple[int, ...]
+
+
+def read_hf_config(path: str | Path) -> dict[str, Any]:
+    """The checkpoint's ``config.json``. Raises ValueError when there is none, or for a model that is not supported."""
+    file = Path(path) / "config.json"
+    require(file.is_file(), f"model.path={path} has no config.json; give a Hugging Face checkpoint directory")
+    config = json.loads(file.read_text())
+    model_type = config.get("model_type")
+    require(model_type in MODELS, f"model.path={path} is of model_type {model_type!r}; supported: {sorted(MODELS)}")
+    return config
+
+
+def model_facts(path: str | Path) -> ModelFacts:
+    """Read them. Raises ValueError as ``read_hf_config`` does."""
+    config = read_hf_config(path)
+    text = config.get("text_config") or config
+    return ModelFacts(
+        model_type=config["model_type"],
+        vocab_size=text["vocab_size"],
+        tied=config.get("tie_word_embeddings", False),
+        image_token_id=config["image_token_id"],
+        video_token_id=config["video_token_id"],
+        vision_start_token_id=config["vision_start_token_id"],
+        vision_end_token_id=config["vision_end_token_id"],
+        merge_size=config["vision_config"]["spatial_merge_size"],
+        eos_token_ids=_eos_token_ids(Path(path), text),
+    )
+
+
+def position_ids_function(facts: ModelFacts) -> Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.int64]]:
+    """(ids [L], image_grid_thw [I, 3]) -> positions [3, L] of one sequence, for this model."""
+    function = _resolve(MODELS[facts.model_type].position_ids)
+    return functools.partial(function, image_token_id=facts.image_token_id, merge_size=facts.merge_size)
+
+
+def build_model(path: str | Path, *, parallel: ParallelConfig, model: ModelConfig) -> list[Qwen25VL]:
+    """This rank's model chunks on its device, weights not yet loaded. Needs ``parallel.state.initialize``."""
+    build = _resolve(MODELS[read_hf_config(path)["model_type"]].build)
+    return build(Path(path), parallel, model)
+
+
+def load_hf_weights(chunks: Sequence[Qwen25VL], path: str | Path) -> None:
+    """Fill the chunks from a checkpoint in either naming scheme; each rank reads only its shards.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape than the model.
+    """
+    from megatron.core import parallel_state
+
+    from megatron_mmrl.models.hf_io import HFReader, load_parameters
+
+    reader = HFReader(Path(path))
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    for chunk in chunks:
+        load_parameters(chunk, chunk.weight_table(), reader, rank, size)
+
+
+def _eos_token_ids(path: Path, text: Mapping[str, Any]) -> tuple[int, ...]:
+    """From generation_config.json, which transformers generates by, else from config.json."""
+    file = path / "generation_config.json"
+    generation = json.loads(file.read_text()) if file.is_file() else {}
+    ids = generation.get("eos_token_id", text.get("eos_token_id"))
+    require(ids is not None, f"neither {file} nor config.json beside it names an eos_token_id")
+    return tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+def _resolve(reference: str) -> Callable[..., Any]:
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)

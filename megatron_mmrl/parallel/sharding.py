@@ -1,0 +1,144 @@
+"""How each weight is cut over tensor-parallel ranks, in Megatron's layout. Pure: tensors in, tensors out.
+
+A rule turns one or several full tensors (as Hugging Face names them) into a rank's shard, and the shards of all ranks
+back. Round trips are bit-exact. ``split`` reads its input only through ``shape`` and slices, so that a file can stand
+for a tensor and a rank loads only its part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_mmrl.config.checks import require
+
+
+class Sliceable(Protocol):
+    """A tensor, or what reads as one."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def __getitem__(self, key: slice | tuple[slice, ...]) -> Tensor: ...
+
+
+class Rule(Protocol):
+    """One way of sharding."""
+
+    def split(self, full: Sequence[Sliceable], rank: int, size: int) -> Tensor:
+        """The shard of tensor-parallel rank ``rank`` of ``size``."""
+        ...
+
+    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The full tensors from all shards in rank order; those of one rank may share its memory."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightEntry:
+    """A row of a model's weight table: what one local parameter is made of."""
+
+    hf_names: tuple[str, ...]
+    """Tensors of the checkpoint, in the order that the rule expects; named as in ``models/hf_io.py``."""
+    rule: Rule
+    exported: bool = True
+    """False for a second copy of a tensor that another parameter exports."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replicated:
+    """Every rank holds all of it."""
+
+    def split(self, full: Sequence[Sliceable], rank: int, size: int) -> Tensor:
+        return full[0][:]
+
+    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (shards[0],)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Input features (columns of the weight matrix) are divided."""
+
+    def split(self, full: Sequence[Sliceable], rank: int, size: int) -> Tensor:
+        return full[0][:, _part(full[0].shape[1], rank, size)]
+
+    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (_join(shards, 1),)
+
+
+@dataclass(frozen=True, slots=True)
+class QKV:
+    """Queries, keys and values in one tensor, group by group: ``[q .. q, k, v]`` for each key/value head.
+
+    Weights [heads * head_dim, hidden] and biases [heads * head_dim] alike.
+    """
+
+    heads: int
+    groups: int
+    head_dim: int
+
+    def split(self, full: Sequence[Sliceable], rank: int, size: int) -> Tensor:
+        groups = _part(self.groups, rank, size)
+        parts = [
+            tensor[groups.start * rows : groups.stop * rows].unflatten(0, (-1, rows))
+            for tensor, rows in zip(full, self._rows(), strict=True)
+        ]
+        return torch.cat(parts, dim=1).flatten(0, 1)
+
+    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        rows = self._rows()
+        by_group = [shard.unflatten(0, (-1, sum(rows))).split(rows, dim=1) for shard in shards]
+        return tuple(torch.cat([parts[i] for parts in by_group]).flatten(0, 1) for i in range(3))
+
+    def _rows(self) -> tuple[int, int, int]:
+        """Rows of q, k and v in one group."""
+        return (self.heads // self.groups * self.head_dim, self.head_dim, self.head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class GateUp:
+    """The two inputs of a gated MLP in one tensor: ``[gate; up]`` of the rank."""
+
+    def split(self, full: Sequence[Sliceable], rank: int, size: int) -> Tensor:
+        return torch.cat([tensor[_part(tensor.shape[0], rank, size)] for tensor in full])
+
+    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        halves = [shard.chunk(2) for shard in shards]
+        return tuple(_join([half[i] for half in halves], 0) for i in range(2))
+
+
+@dataclass(frozen=True, slots=True)
+class Vocab:
+    """Vocabulary rows, with rows of zeros appended until the ranks divide them."""
+
+    vocab_size: int
+
+    def split(self, full: Sequence[Sliceable], rank: int, size: int) -> Tensor:
+        padded = padded_vocab_size(self.vocab_size, size)
+        rows = _part(padded, rank, size)
+        part = full[0][rows.start : min(rows.stop, self.vocab_size)]
+        missing = (rows.stop - rows.start) - part.shape[0]
+        return torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
+
+    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (_join(shards, 0)[: self.vocab_size],)
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
+    """The next multiple of the tensor-parallel size."""
+    return -(-vocab_size // tensor_parallel_size) * tensor_parallel_size
+
+
+def _part(length: int, rank: int, size: int) -> slice:
+    require(length % size == 0, f"{length} rows or columns cannot be divided over {size} tensor-parallel ranks")
+    step = length // size
+    return slice(rank * step, (rank + 1) * step)
+
+
+def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)

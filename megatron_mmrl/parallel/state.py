@@ -1,0 +1,88 @@
+"""Start and end of the process groups, from torchrun's environment or as a single process."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_mmrl.config.checks import require
+from megatron_mmrl.config.parallel import ParallelConfig
+from megatron_mmrl.parallel import cpu_stand_ins
+from megatron_mmrl.parallel.device import backend, device, on_cuda
+from megatron_mmrl.parallel.layout import ParallelLayout
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def initialize(parallel: ParallelConfig, seed: int) -> ParallelLayout:
+    """Join the world, build Megatron's groups, seed every generator.
+
+    Reads ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT``; without them this process is a world of its
+    own and opens no port. ``seed`` is the run's seed, equal on every rank.
+
+    Raises:
+        ValueError: ``WORLD_SIZE`` is not the product of the parallel sizes.
+    """
+    layout = ParallelLayout.from_config(parallel)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    require(
+        world == layout.world_size,
+        f"WORLD_SIZE={world} processes were started, but the parallel sizes need {layout.world_size} "
+        f"(tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context} x data {layout.data}); start "
+        f"{layout.world_size} processes or change parallel.data_parallel_size",
+    )
+    if on_cuda():
+        torch.cuda.set_device(device())
+    timeout = timedelta(seconds=parallel.timeout_s)
+    _join_world(world, timeout)
+    cpu_stand_ins.install()
+    _build_megatron_groups(parallel, timeout)
+    _seed(seed)
+    return layout
+
+
+def shutdown() -> None:
+    """Leave the world; safe to call twice. A gloo process that ends without this may abort."""
+    if not dist.is_initialized():
+        return
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _join_world(world: int, timeout: timedelta) -> None:
+    if "RANK" not in os.environ:
+        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=world, timeout=timeout)
+        return
+    if os.environ["MASTER_ADDR"] in _LOOPBACK and "lo" in (name for _, name in socket.if_nameindex()):
+        # All ranks are on this machine: gloo must not listen on an outer interface.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(backend(), timeout=timeout)
+
+
+def _build_megatron_groups(parallel: ParallelConfig, timeout: timedelta) -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        distributed_timeout_minutes=max(1, round(timeout.total_seconds() / 60)),
+    )
+
+
+def _seed(seed: int) -> None:
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)

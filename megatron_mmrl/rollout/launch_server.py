@@ -1,0 +1,91 @@
+"""Run one SGLang server: ``python -m megatron_mmrl.rollout.launch_server --settings FILE``.
+
+SGLang's own command line would show the keys in every process listing; here they come from a file that only its owner
+can read. The server ends with its parent, however the parent ends. Where SGLang spawns its workers they run this
+module as ``__mp_main__``, so what every process needs is done at its bottom, before anything of SGLang is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_mmrl.compat import declare_torchvision_ops
+from megatron_mmrl.rollout.launch_settings import SETTINGS_VARIABLE, LaunchSettings, read_settings
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_LISTEN_TIMEOUT_S = 60.0
+
+
+def main() -> None:
+    """Read the settings, start the server, return when it has ended."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--settings", type=Path, required=True, help="JSON file of LaunchSettings, mode 0600")
+    path: Path = parser.parse_args().settings.resolve()
+    settings = read_settings(path)
+    os.environ[SETTINGS_VARIABLE] = str(path)
+    if os.getppid() != settings.parent_pid:
+        raise SystemExit(f"the parent {settings.parent_pid} has ended already (now {os.getppid()})")
+    serve(settings)
+
+
+def serve(settings: LaunchSettings) -> None:
+    """Start SGLang with ``settings`` in this process and its children; blocks.
+
+    Raises:
+        RuntimeError: SGLang did not pick up our hooks, so banned tokens could be sampled; or the machine's matrix
+            products cannot be made independent of the batch, which deterministic sampling needs.
+    """
+    from sglang.srt.entrypoints.http_server import launch_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    from megatron_mmrl.rollout import sglang_hooks
+
+    load_plugins()
+    if not sglang_hooks.hooks_in_place(deterministic=settings.deterministic):
+        raise RuntimeError(
+            "SGLang did not load the hooks of megatron_mmrl: is the package installed (pip install -e .), and does "
+            "SGLANG_PLUGINS, if set, name it?"
+        )
+    # Our own warm-up: SGLang's waits a whole second at a time and generates tokens that nobody needs.
+    launch_server(ServerArgs(**settings.server_args), execute_warmup_func=_wait_until_listening)
+
+
+def _wait_until_listening(server_args: ServerArgs) -> bool:
+    """Return True once the HTTP port accepts connections, after which SGLang posts to itself; False at the limit."""
+    from sglang.srt.entrypoints.http_server import get_global_state
+    from sglang.srt.managers.tokenizer_manager import ServerStatus
+
+    deadline = time.monotonic() + _LISTEN_TIMEOUT_S
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex((server_args.host, server_args.port)) == 0:
+                get_global_state().tokenizer_manager.server_status = ServerStatus.Up
+                return True
+        time.sleep(0.02)
+    return False
+
+
+def _end_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it ends."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+
+
+if __name__ in ("__main__", "__mp_main__"):
+    _end_with_parent()
+    declare_torchvision_ops()
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Our hooks on SGLang's sampler: tokens that cannot be drawn, and draws that depend on a seed and nothing else.
+
+Imported inside SGLang's processes only. Written against SGLang 0.5.20, through its public hook registry.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from megatron_mmrl.rollout.seeded_noise import draw_tokens
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.sampler import Sampler
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+    from sglang.srt.server_args import ServerArgs
+
+_PREPROCESS = "sglang.srt.layers.sampler.Sampler._preprocess_logits"
+_DRAW = "sglang.srt.layers.sampler.multinomial_with_seed"
+_BATCH_INVARIANT = "sglang.srt.batch_invariant_ops.enable_batch_invariant_mode"
+_SEND = "sglang.srt.managers.tokenizer_manager.TokenizerManager._send_one_request"
+
+
+def install_token_ban(token_ids: Sequence[int]) -> None:
+    """Set the logits of ``token_ids`` to minus infinity for every request, greedy ones too.
+
+    It happens before the division by the temperature and before the softmax, so the log-probs that SGLang returns
+    are those of the distribution over the tokens that are left.
+    """
+    banned = torch.tensor(sorted(set(token_ids)), dtype=torch.int64)
+
+    def ban(
+        preprocess: Callable[..., torch.Tensor], sampler: Sampler, logits: torch.Tensor, sampling_info: SamplingBatchInfo
+    ) -> torch.Tensor:
+        nonlocal banned
+        logits = preprocess(sampler, logits, sampling_info)
+        if banned.device != logits.device:
+            banned = banned.to(logits.device)
+        return logits.index_fill_(1, banned[banned < logits.shape[1]], float("-inf"))
+
+    HookRegistry.register(_PREPROCESS, ban, HookType.AROUND)
+
+
+def install_seeded_sampling() -> None:
+    """Give each copy of a request its own seed and, on a CPU, make SGLang's deterministic mode possible.
+
+    On a GPU SGLang brings its own batch-invariant kernels and seeded draws; only the seeds of the copies are ours.
+    """
+    HookRegistry.register(_SEND, _send_and_advance_seed, HookType.AROUND)
+    if torch.cuda.is_available():
+        return
+    from sglang.srt.server_args import (
+        add_deterministic_attention_backend_choices,
+        add_radix_supported_deterministic_attention_backend_choices,
+    )
+
+    add_deterministic_attention_backend_choices(["torch_native"])
+    add_radix_supported_deterministic_attention_backend_choices(["torch_native"])
+    HookRegistry.register(_DRAW, draw_tokens, HookType.REPLACE)
+    HookRegistry.register(_BATCH_INVARIANT, _rely_on_strict_matmul, HookType.REPLACE)
+
+
+def hooks_in_place(*, deterministic: bool) -> bool:
+    """Whether SGLang's sampler really goes through the hooks (call after ``load_plugins``)."""
+    from sglang.srt.layers.sampler import Sampler
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+    hooked = [Sampler._preprocess_logits]
+    if deterministic:
+        hooked.append(TokenizerManager._send_one_request)
+    return all(hasattr(function, "__wrapped__") for function in hooked)
+
+
+async def _send_and_advance_seed(
+    send: Callable[[TokenizerManager, TokenizedGenerateReqInput], Awaitable[None]],
+    manager: TokenizerManager,
+    request: TokenizedGenerateReqInput,
+) -> None:
+    """The n copies of a request share one ``SamplingParams``, sent one after the other: step its seed in between."""
+    params = request.sampling_params
+    await send(manager, request)
+    if params.sampling_seed is not None:
+        params.sampling_seed += 1
+
+
+def _rely_on_strict_matmul() -> None:
+    """Stands in for SGLang's Triton kernels: on a CPU, MKL's strict mode (see the launcher) makes rows independent."""
+
+
+def install_fork_start() -> None:
+    """Fork SGLang's workers off the launcher instead of spawning them: each would import SGLang again, 8 s of CPU.
+
+    Only where there is no CUDA, whose state does not survive a fork. At that point the launcher has one thread.
+    """
+    HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", _start_by_fork, HookType.AFTER)
+
+
+def _start_by_fork(_: None, server_args: ServerArgs) -> None:
+    multiprocessing.set_start_method("fork", force=True)

@@ -1,0 +1,141 @@
+"""Start one SGLang server as processes of its own, wait until it answers, and end all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_mmrl.config.rollout import RolloutConfig
+from megatron_mmrl.rollout.engine import EngineError
+from megatron_mmrl.rollout.launch_settings import LaunchSettings, write_settings
+from megatron_mmrl.rollout.server_args import EngineModel, Endpoint, environment, server_args
+
+_TAIL_LINES = 30
+_TERMINATE_S = 3.0  # SGLang notices SIGTERM every 5 s only; what it has not done by then is not worth waiting for
+_KILL_S = 10.0
+
+
+class ServerProcess:
+    """A running server: a launcher and its workers, one process group of their own."""
+
+    def __init__(self, process: subprocess.Popen[bytes], endpoint: Endpoint, log_path: Path, scratch_dir: Path) -> None:
+        self.endpoint = endpoint
+        self._process, self._log_path, self._scratch_dir = process, log_path, scratch_dir
+
+    @property
+    def pid(self) -> int:
+        """The launcher's process id, which is also the id of the group of all processes of the engine."""
+        return self._process.pid
+
+    def check_alive(self) -> None:
+        """Raise EngineError, with the end of the log, when the server has ended."""
+        status = self._process.poll()
+        if status is not None:
+            raise EngineError(f"the engine ended with status {status}; {self._log_tail()}")
+
+    def stop(self) -> None:
+        """End every process of the engine, within seconds; safe to call twice."""
+        if self._process.returncode is None:
+            self._signal_group(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_TERMINATE_S)
+        deadline = time.monotonic() + _KILL_S
+        while self._signal_group(signal.SIGKILL) and time.monotonic() < deadline:
+            self._process.poll()  # reaps the launcher, which would otherwise stay in the group
+            time.sleep(0.02)
+        shutil.rmtree(self._scratch_dir, ignore_errors=True)
+
+    def _signal_group(self, number: signal.Signals) -> bool:
+        """Send a signal to all processes of the engine; False when there are none left."""
+        try:
+            os.killpg(self.pid, number)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def _log_tail(self) -> str:
+        lines = self._log_path.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
+        return f"the end of {self._log_path}:\n" + "\n".join(lines)
+
+
+def start_server(
+    config: RolloutConfig, model: EngineModel, *, banned_token_ids: Sequence[int], log_path: Path
+) -> ServerProcess:
+    """Start a server on a free loopback port, with random keys, and return when it answers.
+
+    To be called from the main thread: the kernel ends the server when the *thread* that started it ends.
+
+    Args:
+        config: sizes and time limits.
+        model: model directory (weights are not read) and device.
+        banned_token_ids: never sampled.
+        log_path: the server's output is appended here.
+
+    Raises:
+        EngineError: the server ended, or did not answer within ``startup_timeout_s``; with the end of its log.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("an engine must be started from the main thread: it ends with the thread that started it")
+    endpoint = Endpoint(port=_free_port(), api_key=secrets.token_hex(16), admin_key=secrets.token_hex(16))
+    scratch_dir = Path(tempfile.mkdtemp(prefix="mmrl-engine-"))
+    settings_path = scratch_dir / "settings.json"
+    settings = LaunchSettings(
+        server_args=server_args(config, model, endpoint),
+        banned_token_ids=tuple(banned_token_ids),
+        deterministic=config.deterministic,
+        parent_pid=os.getpid(),
+    )
+    write_settings(settings_path, settings)
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with log_path.open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_mmrl.rollout.launch_server", "--settings", str(settings_path)],
+            env=environment(os.environ, config, model, scratch_dir),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    server = ServerProcess(process, endpoint, log_path, scratch_dir)
+    try:
+        _wait_until_ready(server, config.startup_timeout_s)
+    except BaseException:
+        server.stop()
+        raise
+    settings_path.unlink()
+    return server
+
+
+def _wait_until_ready(server: ServerProcess, timeout_s: float) -> None:
+    request = urllib.request.Request(
+        f"{server.endpoint.url}/model_info", headers={"Authorization": f"Bearer {server.endpoint.api_key}"}
+    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through an HTTP proxy
+    deadline = time.monotonic() + timeout_s
+    while True:
+        server.check_alive()
+        with contextlib.suppress(urllib.error.URLError, TimeoutError, ConnectionError):
+            opener.open(request, timeout=2).close()
+            return
+        if time.monotonic() > deadline:
+            raise EngineError(f"the engine did not answer within startup_timeout_s={timeout_s}; {server._log_tail()}")
+        time.sleep(0.1)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
