@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -161,6 +162,7 @@ def prepare_quickstart(task: str | None = None) -> Path:
     from megatron_mmrl.data.digits import DigitsOptions
     from megatron_mmrl.quickstart import prepare
 
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     print(f"preparing {directory}: scanned digits and a tiny random Qwen2.5-VL")
     draft = directory.with_name(f".{directory.name}.draft")
     draft.mkdir(parents=True, exist_ok=True)

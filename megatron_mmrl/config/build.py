@@ -15,37 +15,13 @@ class ConfigError(ValueError):
     """The configuration cannot be used; the message says which key and what would work."""
 
 
-def build(cls: type[T], values: object, key: str = "") -> T:
-    """Make a ``cls`` out of a mapping, nested dataclasses and lists included.
-
-    Args:
-        cls: a keyword-only dataclass.
-        values: what YAML gave for it.
-        key: dotted name of this part; empty: the root.
+def build(cls: type[T], values: object) -> T:
+    """Make a ``cls``, a keyword-only dataclass, out of a mapping, nested dataclasses and lists included.
 
     Raises:
-        ConfigError: unknown or missing key, wrong type, or a value that the dataclass itself refuses.
+        ConfigError: unknown or missing key, wrong type, or a value that a dataclass itself refuses.
     """
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{key}={_shown(values)}: expected keys below it, such as {_join(key, fields(cls)[0].name)}")
-    hints = _hints(cls)
-    for name in values:
-        if name not in hints:
-            raise ConfigError(_unknown(cls, _first_leaf(_join(key, str(name)), values[name]), key))
-    arguments = {}
-    for field in fields(cls):
-        name = _join(key, field.name)
-        if field.name in values:
-            arguments[field.name] = _convert(values[field.name], hints[field.name], name)
-        elif _is_required(field):
-            hint = hints[field.name]
-            arguments[field.name] = build(hint, {}, name) if is_dataclass(hint) else _refuse_unset(name)
-    try:
-        return cls(**arguments)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    return _build(cls, values, "", list(known_keys(cls)))
 
 
 def known_keys(cls: type, key: str = "") -> Iterator[str]:
@@ -60,16 +36,40 @@ def known_keys(cls: type, key: str = "") -> Iterator[str]:
             yield _join(key, name)
 
 
-def _convert(value: object, hint: Any, key: str) -> object:
+def _build(cls: type[T], values: object, key: str, known: list[str]) -> T:
+    """``key``: dotted name of this part, empty for the root; ``known``: all keys of the root."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{key}={_shown(values)}: expected keys below it, such as {_join(key, fields(cls)[0].name)}")
+    hints = _hints(cls)
+    for name in values:
+        if name not in hints:
+            raise ConfigError(_unknown(cls, key, _first_leaf(_join(key, str(name)), values[name]), known))
+    arguments = {}
+    for field in fields(cls):
+        name = _join(key, field.name)
+        if field.name in values:
+            arguments[field.name] = _convert(values[field.name], hints[field.name], name, known)
+        elif _is_required(field):
+            hint = hints[field.name]
+            arguments[field.name] = _build(hint, {}, name, known) if is_dataclass(hint) else _refuse_unset(name)
+    try:
+        return cls(**arguments)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _convert(value: object, hint: Any, key: str, known: list[str]) -> object:
     if get_origin(hint) in (Union, UnionType):
         if value is None:
             return None
         (hint,) = (option for option in get_args(hint) if option is not NoneType)
     if is_dataclass(hint) and isinstance(hint, type):
-        return build(hint, value, key)
+        return _build(hint, value, key, known)
     if get_origin(hint) is list and isinstance(value, list):
         (item,) = get_args(hint)
-        return [_convert(entry, item, f"{key}[{index}]") for index, entry in enumerate(value)]
+        return [_convert(entry, item, f"{key}[{index}]", known) for index, entry in enumerate(value)]
     if get_origin(hint) is dict and isinstance(value, Mapping):
         return dict(value)
     return _scalar(value, hint, key)
@@ -115,22 +115,25 @@ def _refuse_unset(key: str) -> object:
     raise ConfigError(f"{key} is not set; give it in the file or as {key}=...")
 
 
-def _unknown(cls: type, key: str, section: str) -> str:
+def _unknown(cls: type, section: str, key: str, known: list[str]) -> str:
     """Message for a key that does not exist, with the nearest that does or else the keys of its section."""
-    siblings = [_join(section, field.name) for field in fields(cls)]
-    candidates = [*known_keys(cls, section), *(siblings if section else [])]
-    if hint := _nearest(key, candidates):
+    if hint := _nearest(key, section, list(known_keys(cls, section)), known):
         return f"unknown key {key}; did you mean {hint}?"
     names = ", ".join(field.name for field in fields(cls))
     return f"unknown key {key}; {section or 'the top level'} has {names}"
 
 
-def _nearest(key: str, known: list[str]) -> str | None:
-    matches = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    if not matches:  # right name, wrong section: compare the last part alone
-        last = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
-        matches = [last[m] for m in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.75)]
-    return matches[0] if matches else None
+def _nearest(key: str, section: str, siblings: list[str], known: list[str]) -> str | None:
+    """First a key of the same section with a similar name, then a key of that name anywhere."""
+
+    def closest(name: str, names: dict[str, str], cutoff: float) -> str | None:
+        matches = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+        return names[matches[0]] if matches else None
+
+    start = len(section) + 1 if section else 0
+    return closest(key[start:], {other[start:]: other for other in siblings}, 0.7) or closest(
+        key.rsplit(".", 1)[-1], {other.rsplit(".", 1)[-1]: other for other in reversed(known)}, 0.8
+    )
 
 
 def _first_leaf(key: str, value: object) -> str:

@@ -16,7 +16,7 @@ class RewardTerm:
     """A name of rewards/registry.py or ``package.module:function``."""
     weight: float = 1.0
     kwargs: dict[str, Any] = field(default_factory=dict)
-    """Passed to the term's factory; checked there."""
+    """Keyword arguments of the term's function; checked when the workers start."""
 
 
 def _default_terms() -> list[RewardTerm]:

@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_mmrl.controller.stats import term_means
+from megatron_mmrl.types import EncodedPrompt, SamplingParams
 
 if TYPE_CHECKING:
-    from megatron_mmrl.controller.parts import Parts
+    from megatron_mmrl.controller.handover import Handover
+    from megatron_mmrl.controller.parts import Fleet, Parts
+    from megatron_mmrl.controller.scoring import Scorer
 
 
 def evaluate(parts: Parts, step: int) -> dict[str, float]:
-    """``eval/<term>``: mean over prompts of one greedy answer each; {} without held-out data."""
+    """``eval/*`` of the run's held-out prompts; {} when there are none."""
     if not parts.eval_prompts:
         return {}
-    greedy = replace(parts.sampling, temperature=0.0, num_samples=1)
     with parts.log.time("evaluate"):
-        with parts.handover.generating():
-            groups = parts.fleet.generate(parts.eval_prompts, greedy, seed=parts.config.run.seed, step=step)
-        groups = parts.scorer.score(groups)
+        return greedy_scores(
+            parts.eval_prompts, parts.fleet, parts.scorer, parts.handover, sampling=parts.sampling, step=step
+        )
+
+
+def greedy_scores(
+    prompts: Sequence[EncodedPrompt],
+    fleet: Fleet,
+    scorer: Scorer,
+    handover: Handover,
+    *,
+    sampling: SamplingParams,
+    step: int,
+) -> dict[str, float]:
+    """Means over prompts of one greedy answer each: ``eval/<term>``, ``eval/reward``, ``eval/response_tokens``."""
+    greedy = replace(sampling, temperature=0.0, num_samples=1)
+    with handover.generating():
+        groups = fleet.generate(prompts, greedy, seed=0, step=step)  # nothing is drawn: the seed does not matter
+    groups = scorer.score(groups)
     row = {f"eval/{name}": value for name, value in term_means(groups).items()}
     row["eval/reward"] = float(np.mean([group.rewards.mean() for group in groups]))
     row["eval/response_tokens"] = float(np.mean([len(r.ids) for group in groups for r in group.responses]))

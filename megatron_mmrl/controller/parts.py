@@ -46,15 +46,11 @@ class Policy(Protocol):
         ...
 
     def reference_logprobs(self, batch: TrainBatch) -> list[NDArray[np.float32]]:
-        """The same under the reference model. Raises RuntimeError before ``keep_reference``."""
+        """The same under the reference model. Raises RuntimeError when none is kept."""
         ...
 
     def update(self, batch: TrainBatch, loss: LossFn) -> UpdateStats:
         """One optimizer step."""
-        ...
-
-    def keep_reference(self) -> None:
-        """Keep a copy of the present weights as the reference model."""
         ...
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,22 +69,13 @@ def write_digits(out_dir: Path, options: DigitsOptions | None = None) -> None:
     from sklearn.datasets import load_digits
 
     options = options or DigitsOptions()
-    images, labels = load_digits(return_X_y=True)
+    images, labels = map(np.asarray, load_digits(return_X_y=True))
     pngs = [_png(pixels.reshape(8, 8), options.image_size) for pixels in images]
     order = np.random.default_rng(0).permutation(len(labels))
     pools = {"test": order[:_NUM_TEST_SCANS], "train": order[_NUM_TEST_SCANS:]}
     out_dir.mkdir(parents=True, exist_ok=True)
-    for stream, (split, num_rows) in enumerate((("train", options.train_rows), ("test", options.test_rows))):
-        rng = np.random.default_rng([options.seed, stream])
-        tasks = ["read", "add"] if options.task == "both" else [options.task]
-        scans = _endless(pools[split], num_rows * len(tasks), rng)
-        rows, used = [], 0
-        for number in range(num_rows):
-            task = tasks[number % len(tasks)]
-            count = 2 if task == "add" else 1
-            chosen = scans[used : used + count]
-            used += count
-            rows.append(_row(task, split, chosen, labels, pngs))
+    for split in pools:
+        rows = [_row(task, split, scans, labels, pngs) for task, scans in _questions(pools[split], split, options)]
         pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), out_dir / f"{split}.parquet", row_group_size=_ROW_GROUP)
 
 
@@ -93,10 +85,19 @@ def digits_texts() -> tuple[str, ...]:
     return (*questions, _solution("read", [7]), _solution("add", [3, 4]))
 
 
-def _endless(pool: NDArray[np.int64], length: int, rng: np.random.Generator) -> list[int]:
-    """``length`` scans and then some: the pool in one random order after another."""
-    rounds = -(-2 * length // len(pool))
-    return np.concatenate([rng.permutation(pool) for _ in range(rounds)]).tolist()
+def _questions(pool: NDArray[np.int64], split: str, options: DigitsOptions) -> Iterator[tuple[str, list[int]]]:
+    """Task and scans of each row; every scan of the pool is used before one is used again."""
+    rng = np.random.default_rng([options.seed, ["train", "test"].index(split)])
+    tasks = ("read", "add") if options.task == "both" else (options.task,)
+    scans = _endless(pool, rng)
+    for row in range(options.train_rows if split == "train" else options.test_rows):
+        task = tasks[row % len(tasks)]
+        yield task, list(islice(scans, _QUESTIONS[task].count(IMAGE_TAG)))
+
+
+def _endless(pool: NDArray[np.int64], rng: np.random.Generator) -> Iterator[int]:
+    while True:
+        yield from rng.permutation(pool).tolist()
 
 
 def _row(

@@ -55,6 +55,8 @@ class Processor:
         self.image_token_id: int = self._model["image_token_id"]
         self.merge_size = self.images.merge_size
         self.end_token_id: int = self._tokenizer.eos_token_id
+        self.pad_token_id: int = self._tokenizer.pad_token_id
+        self.pad_token_id: int = self._tokenizer.pad_token_id
         self._special = re.compile("|".join(map(re.escape, self._special_tokens())) or "(?!)")
 
     def encode(self, prompt: Prompt, images: Mapping[str, Outcome] | None = None) -> EncodedPrompt:

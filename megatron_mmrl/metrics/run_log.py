@@ -19,12 +19,12 @@ from megatron_mmrl.types import Group
 class RunLog:
     """Every rank times its phases; rank 0 alone writes."""
 
-    def __init__(self, run: RunConfig, *, num_steps: int, writes: bool, resume_step: int = 0) -> None:
+    def __init__(self, run: RunConfig, *, num_steps: int, first_step: int, writes: bool) -> None:
         self._dir, self._run, self._writes = Path(run.output_dir), run, writes
         self._timers = Timers()
         if writes:
             self._metrics = MetricsWriter(
-                self._dir, tensorboard=run.tensorboard, wandb_project=run.wandb_project, resume_step=resume_step
+                self._dir, tensorboard=run.tensorboard, wandb_project=run.wandb_project, first_step=first_step
             )
             self._progress = Progress(num_steps)
             self._supervised: JsonlWriter | None = None
@@ -52,7 +52,7 @@ class RunLog:
         if not self._writes:
             return
         if self._supervised is None:
-            self._supervised = JsonlWriter(self._dir / "supervised.jsonl", resume_step=0)
+            self._supervised = JsonlWriter(self._dir / "supervised.jsonl", first_step=0)
         self._supervised.write(step, {"step": float(step), **row, **times})
         self._progress.note(f"supervised step {step}: loss {row['loss']:.3f}")
 

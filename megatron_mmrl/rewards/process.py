@@ -128,7 +128,9 @@ class WorkerProcess:
         return answers
 
     def kill(self) -> int:
-        """End the process and all of its process group; its exit code, negative for a signal."""
+        """End the process and all of its process group; its exit code, negative for a signal. Safe to call twice."""
+        if self._process.returncode is not None:
+            return self._process.returncode
         patience = time.monotonic() + (EXIT_LIMIT_S if self.ended else 0.0)  # let one that ends by itself say its code
         while time.monotonic() < patience and self.is_running():
             time.sleep(0.005)

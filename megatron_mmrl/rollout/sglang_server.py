@@ -24,7 +24,6 @@ from megatron_mmrl.rollout.launch_settings import LaunchSettings, write_settings
 from megatron_mmrl.rollout.server_args import EngineModel, Endpoint, environment, server_args
 
 _TAIL_LINES = 30
-_TERMINATE_S = 3.0  # SGLang notices SIGTERM every 5 s only; what it has not done by then is not worth waiting for
 _KILL_S = 10.0
 
 
@@ -47,21 +46,20 @@ class ServerProcess:
             raise EngineError(f"the engine ended with status {status}; {self._log_tail()}")
 
     def stop(self) -> None:
-        """End every process of the engine, within seconds; safe to call twice."""
-        if self._process.returncode is None:
-            self._signal_group(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_TERMINATE_S)
+        """End every process of the engine at once; safe to call twice.
+
+        SIGKILL, because there is nothing to save: SGLang's own shutdown notices SIGTERM only every 5 s.
+        """
         deadline = time.monotonic() + _KILL_S
-        while self._signal_group(signal.SIGKILL) and time.monotonic() < deadline:
+        while self._kill_group() and time.monotonic() < deadline:
             self._process.poll()  # reaps the launcher, which would otherwise stay in the group
             time.sleep(0.02)
         shutil.rmtree(self._scratch_dir, ignore_errors=True)
 
-    def _signal_group(self, number: signal.Signals) -> bool:
-        """Send a signal to all processes of the engine; False when there are none left."""
+    def _kill_group(self) -> bool:
+        """Kill all processes of the engine; False when there are none left."""
         try:
-            os.killpg(self.pid, number)
+            os.killpg(self.pid, signal.SIGKILL)
         except ProcessLookupError:
             return False
         return True

@@ -84,12 +84,11 @@ class MegatronPolicy:
         finalize_model_grads(self.chunks)
         return self._step(totals, batch.num_loss_tokens)
 
-    def keep_reference(self) -> None:
-        """Copy the present weights into a model of its own, without gradients."""
-        self._reference = self._build(None)
-        for reference, chunk in zip(self._reference, self.chunks, strict=True):
-            reference.load_state_dict(chunk.module.state_dict())
-            reference.requires_grad_(requires_grad=False).eval()
+    def keep_reference(self, path: Path) -> None:
+        """Load a Hugging Face checkpoint as the reference model, in memory of its own and without gradients."""
+        self._reference = self._build(path)
+        for chunk in self._reference:
+            chunk.requires_grad_(requires_grad=False)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Full tensors under Hugging Face names, in the same order on every rank."""
@@ -105,10 +104,9 @@ class MegatronPolicy:
         if device().type == "cuda":
             self.optimizer.restore_from_cpu()
 
-    def _build(self, path: Path | None) -> list[torch.nn.Module]:
+    def _build(self, weights: Path) -> list[torch.nn.Module]:
         modules = build_model(self._config.model.path, parallel=self._config.parallel, model=self._config.model)
-        if path is not None:
-            load_hf_weights(modules, path)
+        load_hf_weights(modules, weights)
         return modules
 
     def _step(self, totals: dict[str, float], num_tokens: int) -> UpdateStats:

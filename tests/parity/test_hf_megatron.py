@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -90,7 +91,13 @@ def _reference(model: torch.nn.Module, path: Path) -> Reference:
 
 @pytest.mark.parametrize(
     ("tensor", "pipeline", "sequence_parallel", "recompute"),
-    [(1, 1, False, "selective"), (2, 1, False, "full"), (2, 1, True, "selective"), (1, 2, False, "full"), (2, 2, True, "full")],
+    [
+        (1, 1, False, "none"),
+        (2, 1, False, "full"),
+        (2, 1, True, "selective"),
+        (1, 2, False, "none"),
+        (2, 2, True, "full"),
+    ],
     ids=["tp1", "tp2", "tp2-sp", "pp2", "tp2-sp-pp2"],
 )
 def test_logits_gradients_and_weights_equal_hugging_face(
@@ -142,32 +149,31 @@ def _compare(reference: Reference, parallel: ParallelConfig, model: ModelConfig)
     assert exported.keys() == set(reader.names)
     return {
         "weights differ": [name for name in exported if not torch.equal(exported[name], reader[name][:])],
-        "logits": {name: error for name, packs in BATCHES.items() for error in _logit_error(chunks, reference, packs, name)},
+        "logits": _logit_errors(chunks, reference),
         "gradients differ": _gradient_errors(chunks, reference),
     }
 
 
-def _logit_error(
-    chunks: list, reference: Reference, packs: Sequence[Sequence[int]], name: str
-) -> Iterator[float]:
-    """max |difference| / max(1, max |logit|), on the last stage only."""
-    padded = name.startswith("padded")
-    batches = [_batch([reference.sequences[i] for i in pack], packs, reference, padded) for pack in packs]
-    outputs = run_schedule(chunks, batches, lambda chunk, _, hidden: chunk.logits(hidden), forward_only=True)
-    errors = []
-    for pack, logits in zip(packs, outputs, strict=False):
-        start = 0
-        for row, i in enumerate(pack):
-            expected = reference.logits[i]
-            got = logits[row, : len(expected)] if padded else logits[0, start : start + len(expected)]
-            start += len(expected)
-            errors.append(((got - expected).abs().max() / expected.abs().max().clamp(min=1)).item())
-    if errors:
-        yield max(errors)
+def _logit_errors(chunks: list, reference: Reference) -> dict[str, float]:
+    """max |difference| / max(1, max |logit|) of each batch; empty but on the last stage."""
+    errors = {}
+    for name, packs in BATCHES.items():
+        padded = name.startswith("padded")
+        batches = [_batch([reference.sequences[i] for i in pack], packs, reference, padded) for pack in packs]
+        outputs = run_schedule(chunks, batches, lambda chunk, _, hidden: chunk.logits(hidden), forward_only=True)
+        for pack, logits in zip(packs, outputs, strict=bool(outputs)):
+            expected = [reference.logits[i] for i in pack]
+            got = logits[0] if not padded else torch.cat([row[: len(e)] for row, e in zip(logits, expected, strict=True)])
+            differences = [
+                (g - e).abs().max() / e.abs().max().clamp(min=1)
+                for g, e in zip(got[: sum(map(len, expected))].split([len(e) for e in expected]), expected, strict=True)
+            ]
+            errors[name] = max(errors.get(name, 0.0), *(d.item() for d in differences))
+    return errors
 
 
 def _gradient_errors(chunks: list, reference: Reference) -> dict[str, float]:
-    """Tensors whose gradients differ by more than 1e-4 of the largest; gradients travel as weights do."""
+    """Tensors whose gradients differ by more than 1e-5 of the largest; gradients travel as weights do."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
     from megatron_mmrl.reshard.reference import export_hf
@@ -187,7 +193,7 @@ def _gradient_errors(chunks: list, reference: Reference) -> dict[str, float]:
         name: ((gradient - reference.gradients[name]).abs().max() / reference.gradients[name].abs().max()).item()
         for name, gradient in gradients.items()
     }
-    return {name: error for name, error in errors.items() if not error <= float(__import__("os").environ.get("GT","1e-4"))}
+    return {name: error for name, error in errors.items() if not error <= 1e-5}
 
 
 def _loss(chunk: torch.nn.Module, batch: dict, hidden: torch.Tensor) -> torch.Tensor:
@@ -199,7 +205,7 @@ def _loss(chunk: torch.nn.Module, batch: dict, hidden: torch.Tensor) -> torch.Te
     logits = logits.masked_fill(torch.arange(logits.shape[1]) >= end - first, float("-inf"))
     losses = vocab_parallel_cross_entropy(logits[:-1, None].contiguous(), batch["input_ids"][0, 1:, None])[:, 0]
     bounds = batch["packed_seq_params"].cu_seqlens_q[: batch["num_real"] + 1].tolist()
-    return sum(losses[a : b - 1].sum() for a, b in zip(bounds, bounds[1:], strict=False))
+    return sum(losses[a : b - 1].sum() for a, b in itertools.pairwise(bounds))
 
 
 def run_schedule(chunks: list, batches: list[dict], read: Callable, *, forward_only: bool) -> list:
@@ -257,7 +263,7 @@ def _packed(lengths: list[int], total: int) -> object:
 
 
 def test_positions_equal_hugging_face() -> None:
-    """Also with an image at the very beginning and one at the very end."""
+    """Also with an image at the very beginning and one at the very end; gaps are tokens of text."""
     declare_torchvision_ops()
     from transformers import Qwen2_5_VLConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
@@ -268,7 +274,8 @@ def test_positions_equal_hugging_face() -> None:
         small = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 1, "num_key_value_heads": 1}
         oracle = Qwen2_5_VLModel(Qwen2_5_VLConfig(text_config=small, vision_config={"depth": 1}))
     pad = 7
-    for grids, gaps in (([[1, 4, 6], [1, 2, 2]], (0, 3, 0)), ([[1, 6, 4]], (5, 2)), ([[1, 2, 8], [1, 8, 2]], (1, 1, 9))):
+    cases = (([[1, 4, 6], [1, 2, 2]], (0, 3, 0)), ([[1, 6, 4]], (5, 2)), ([[1, 2, 8], [1, 8, 2]], (1, 1, 9)))
+    for grids, gaps in cases:
         grid = np.array(grids)
         parts = [np.zeros(gaps[0], dtype=np.int64)]
         for g, gap in zip(grid, gaps[1:], strict=True):

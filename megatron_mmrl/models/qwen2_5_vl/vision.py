@@ -24,7 +24,10 @@ def build_vision(config: Qwen2_5_VLConfig, dtype: torch.dtype) -> Qwen2_5_Vision
 
     config.vision_config._attn_implementation = "sdpa"
     tower = Qwen2_5_VisionTransformerPretrainedModel(config.vision_config)
-    # Parameters only: the rotary frequencies are a buffer and stay float32, as they do in Hugging Face's loader.
     for parameter in tower.parameters():
+        # Parameters only: the rotary frequencies are a buffer and stay float32, as they do in Hugging Face's loader.
         parameter.data = parameter.data.to(dtype)
+        # Every tensor-parallel rank computes the same gradient, up to the order of a device's atomic additions:
+        # Megatron averages them, so that the copies never drift apart.
+        parameter.average_gradients_across_tp_domain = True
     return tower.to(device())

@@ -1,0 +1,190 @@
+"""From a configuration to the running parts of one rank, and back down again: the composition root."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_mmrl.algorithms.registry import build_algorithm
+from megatron_mmrl.config import Config
+from megatron_mmrl.controller.handover import Handover
+from megatron_mmrl.controller.scoring import Scorer
+from megatron_mmrl.data.processor import Processor
+from megatron_mmrl.data.source import PromptSource, prompt_source
+from megatron_mmrl.models.hf_io import write_checkpoint
+from megatron_mmrl.models.registry import model_facts, position_ids_function
+from megatron_mmrl.parallel.collectives import Collectives
+from megatron_mmrl.parallel.device import device
+from megatron_mmrl.parallel.layout import ParallelLayout
+from megatron_mmrl.parallel.state import initialize, shutdown
+from megatron_mmrl.rewards.pool import RewardPool
+from megatron_mmrl.rollout.fleet import EngineFleet
+from megatron_mmrl.rollout.routing import leader_ranks
+from megatron_mmrl.rollout.server_args import EngineModel
+from megatron_mmrl.rollout.sglang_client import start_engine
+from megatron_mmrl.trainer.forward import TokenDistribution
+from megatron_mmrl.trainer.packing import InputRules, Packer
+from megatron_mmrl.trainer.policy import MegatronPolicy
+from megatron_mmrl.types import SamplingParams
+
+if TYPE_CHECKING:
+    from megatron_mmrl.algorithms.registry import Algorithm
+    from megatron_mmrl.types import EncodedPrompt, Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machinery:
+    """What training and evaluation both need, on one rank."""
+
+    config: Config
+    layout: ParallelLayout
+    exchange: Collectives
+    processor: Processor
+    policy: MegatronPolicy
+    fleet: EngineFleet
+    pool: RewardPool
+    scorer: Scorer
+    handover: Handover
+    packer: Packer
+    algorithm: Algorithm
+    sampling: SamplingParams
+
+    def prompts(self, files: Sequence[str], quarantine: Path) -> PromptSource:
+        """The prompts of ``files``; rows that are bad, or whose gold answer no reward can parse, are set aside."""
+        return prompt_source(
+            files,
+            self.config.data,
+            self.processor,
+            seed=self.config.run.seed,
+            quarantine_path=quarantine,
+            keep=self._reason_to_drop,
+            exchange=self.exchange,
+        )
+
+    def eval_prompts(self, quarantine: Path) -> list[EncodedPrompt]:
+        """The held-out prompts, encoded once; [] when the configuration names none."""
+        files, limit = self.config.data.eval_files, self.config.run.max_eval_prompts
+        return self.prompts(files, quarantine).all(limit) if files else []
+
+    def export(self, out_dir: Path) -> None:
+        """Write the policy as a Hugging Face checkpoint, which appears whole and replaces an older one. Collective."""
+        weights = self.policy.weights()
+        if self.exchange.rank == 0:
+            draft = out_dir.with_name(f".{out_dir.name}.tmp")
+            write_checkpoint(draft, weights, source=Path(self.config.model.path))
+            if out_dir.exists():
+                shutil.rmtree(out_dir)
+            draft.rename(out_dir)
+        else:
+            for _ in weights:
+                pass  # making the full tensors is collective
+        self.exchange.barrier()
+
+    def _reason_to_drop(self, prompt: Prompt) -> str | None:
+        (good,) = self.pool.check_golds([prompt.answer])
+        return None if good else f"the gold answer {prompt.answer!r} cannot be parsed"
+
+
+@contextmanager
+def machinery(config: Config, scratch: Path) -> Iterator[Machinery]:
+    """Join the world, start this rank's share of engines and workers, build the policy; end all of it on leaving.
+
+    Args:
+        config: checked.
+        scratch: directory for the engines' model directory and logs, shared by all ranks.
+    """
+    with ExitStack() as stack:
+        layout = initialize(config.parallel, config.run.seed)
+        stack.callback(shutdown)
+        exchange = Collectives()
+        processor = Processor(config.model.path, config.data)
+        pool = stack.enter_context(RewardPool(config.reward))
+        fleet = _start_fleet(config, processor, exchange, scratch)
+        stack.callback(fleet.close)
+        policy = MegatronPolicy(config, _distribution(config, processor), exchange)
+        yield Machinery(
+            config=config,
+            layout=layout,
+            exchange=exchange,
+            processor=processor,
+            policy=policy,
+            fleet=fleet,
+            pool=pool,
+            scorer=Scorer(pool, exchange),
+            handover=Handover(policy, fleet),
+            packer=_packer(config, layout, processor, exchange.rank),
+            algorithm=build_algorithm(config.algorithm),
+            sampling=_sampling(config),
+        )
+
+
+def _start_fleet(config: Config, processor: Processor, exchange: Collectives, scratch: Path) -> EngineFleet:
+    """Leaders start one engine each, from a model directory without weights: the policy sends those."""
+    model_dir = scratch / "engine_model"
+    if exchange.rank == 0:
+        processor.write_engine_dir(model_dir)
+    exchange.barrier()
+    leaders = leader_ranks(config.rollout.num_engines, exchange.world_size)
+    engine = None
+    if exchange.rank in leaders:
+        index = leaders.index(exchange.rank)
+        model = EngineModel(
+            path=model_dir,
+            dtype=config.model.dtype,
+            device="cuda" if device().type == "cuda" else "cpu",
+            first_device=index * config.rollout.tensor_parallel_size,
+            seed=config.run.seed + index,
+        )
+        engine = start_engine(
+            config.rollout,
+            model,
+            banned_token_ids=processor.banned_token_ids(),
+            decode=processor.decode,
+            log_path=scratch / f"engine{index}.log",
+        )
+    return EngineFleet(
+        engine, exchange, num_engines=config.rollout.num_engines, bucket_bytes=config.rollout.weight_bucket_bytes
+    )
+
+
+def _distribution(config: Config, processor: Processor) -> TokenDistribution:
+    return TokenDistribution(
+        temperature=config.rollout.temperature,
+        banned=torch.tensor(processor.banned_token_ids(), dtype=torch.int64, device=device()),
+        vocab_size=processor.vocab_size,
+        chunk_tokens=config.trainer.logprob_chunk_tokens,
+    )
+
+
+def _packer(config: Config, layout: ParallelLayout, processor: Processor, rank: int) -> Packer:
+    facts = model_facts(config.model.path)
+    at = layout.coordinates(rank)
+    return Packer(
+        trainer=config.trainer,
+        num_replicas=layout.data,
+        replica=at.data,
+        multiple_of=layout.tensor if config.parallel.sequence_parallel else 1,
+        rules=InputRules(
+            position_ids=position_ids_function(facts),
+            pad_id=processor.pad_token_id,
+            image_token_id=facts.image_token_id,
+            merge_size=facts.merge_size,
+        ),
+        speaks_for_replica=at.tensor == at.pipeline == at.context == 0,
+    )
+
+
+def _sampling(config: Config) -> SamplingParams:
+    return SamplingParams(
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        top_k=config.rollout.top_k,
+        max_new_tokens=config.rollout.max_response_tokens,
+        num_samples=config.rollout.samples_per_prompt,
+    )

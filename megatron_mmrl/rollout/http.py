@@ -1,0 +1,134 @@
+"""Blocking and concurrent JSON requests to one engine, each with a time limit, given up as soon as the engine is dead."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import aiohttp
+
+from megatron_mmrl.rollout.engine import EngineError
+from megatron_mmrl.rollout.server_args import Endpoint
+
+Json = Mapping[str, object]
+_POLL_S = 0.2
+_MAX_CONNECTIONS = 256
+_REAP_S = 2.0  # a dying server's sockets close a moment before its end can be seen
+
+
+class EngineServer(Protocol):
+    """What a client needs of the server it talks to."""
+
+    @property
+    def endpoint(self) -> Endpoint: ...
+
+    def check_alive(self) -> None:
+        """Raise EngineError when the server's process has ended."""
+        ...
+
+    def stop(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One request: POST with a JSON body, GET without."""
+
+    what: str  # for messages: "generating for prompt train.parquet:7"
+    path: str
+    body: Json | None = None
+    admin: bool = False
+
+
+class EngineHttp:
+    """Keeps connections open on a thread of its own, so that callers need no event loop. May be used by any thread."""
+
+    def __init__(self, server: EngineServer, timeout_s: float) -> None:
+        self._server, self._timeout_s = server, timeout_s
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="engine-http", daemon=True)
+        self._thread.start()
+        self._session = self._wait(self._open_session())
+
+    def call(self, call: Call) -> object:
+        """The decoded answer to one request. Raises EngineError, see ``call_all``."""
+        return self.call_all([call])[0]
+
+    def call_all(self, calls: Sequence[Call]) -> list[object]:
+        """The decoded answers to requests made concurrently, in their order. A failure cancels the others.
+
+        Raises:
+            EngineError: no answer within the time limit, an answer with an error status, or a dead engine; names the
+                request.
+        """
+        return self._wait(self._run_all(calls))
+
+    def close(self) -> None:
+        """Close the connections and end the thread; safe to call twice."""
+        if self._thread.is_alive():
+            self._wait(self._session.close())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    async def _open_session(self) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            self._server.endpoint.url,
+            connector=aiohttp.TCPConnector(limit=0),
+            trust_env=False,  # never through an HTTP proxy
+        )
+
+    async def _run_all(self, calls: Sequence[Call]) -> list[object]:
+        slots = asyncio.Semaphore(_MAX_CONNECTIONS)
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._run(call, slots)) for call in calls]
+        except* EngineError as failures:
+            raise failures.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def _run(self, call: Call, slots: asyncio.Semaphore) -> object:
+        keys = self._server.endpoint
+        headers = {"Authorization": f"Bearer {keys.admin_key if call.admin else keys.api_key}"}
+        method = "GET" if call.body is None else "POST"
+        try:
+            async with slots, asyncio.timeout(self._timeout_s):
+                async with self._session.request(method, call.path, json=call.body, headers=headers) as answer:
+                    content = await answer.read()
+        except TimeoutError:
+            raise EngineError(
+                f"{call.what}: no answer from {keys.url}{call.path} within request_timeout_s={self._timeout_s}"
+            ) from None
+        except aiohttp.ClientError as error:
+            await self._raise_if_dead(call.what)
+            raise EngineError(f"{call.what}: {keys.url}{call.path} failed: {error!r}") from error
+        if answer.status != 200:
+            raise EngineError(f"{call.what}: {call.path} answered {answer.status}: {content[:500]!r}")
+        return json.loads(content) if answer.content_type == "application/json" else content.decode()
+
+    async def _raise_if_dead(self, what: str) -> None:
+        deadline = self._loop.time() + _REAP_S
+        while self._loop.time() < deadline:
+            try:
+                self._server.check_alive()
+            except EngineError as error:
+                raise EngineError(f"{what}: {error}") from None
+            await asyncio.sleep(_POLL_S)
+
+    def _wait(self, coroutine):
+        """Run on the loop's thread and wait, looking whether the engine still lives."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            while True:
+                try:
+                    return future.result(_POLL_S)
+                except concurrent.futures.TimeoutError:
+                    if future.done():
+                        raise
+                    self._server.check_alive()
+        finally:
+            future.cancel()

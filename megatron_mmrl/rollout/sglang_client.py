@@ -1,0 +1,225 @@
+"""A rollout engine behind HTTP: prompts in, sampled tokens with log-probs out, weights in. Trusts nothing it is told."""
+
+from __future__ import annotations
+
+import base64
+import math
+import pickle
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_mmrl.config.rollout import RolloutConfig
+from megatron_mmrl.rollout.engine import EngineError, PromptMismatchError
+from megatron_mmrl.rollout.http import Call, EngineHttp, EngineServer, Json
+from megatron_mmrl.rollout.seeding import prompt_seed
+from megatron_mmrl.rollout.server_args import EngineModel
+from megatron_mmrl.rollout.sglang_server import start_server
+from megatron_mmrl.types import EncodedPrompt, Finish, Response, SamplingParams
+
+if TYPE_CHECKING:
+    import torch
+
+Decode = Callable[[NDArray[np.int64]], str]
+_FINISHES: Mapping[str, Finish] = {"stop": "stop", "length": "length"}
+
+
+class SGLangEngine:
+    """Implements ``RolloutEngine`` for one SGLang server.
+
+    Args:
+        server: the server; ``close`` stops it.
+        config: sizes and time limits; ``deterministic`` must be what the server was started with.
+        banned_token_ids: what the server was told to ban; an answer that holds one is refused.
+        decode: token ids to text without special tokens.
+        shares_device: the KV cache has to be released when the trainer works.
+    """
+
+    def __init__(
+        self,
+        server: EngineServer,
+        config: RolloutConfig,
+        *,
+        banned_token_ids: Sequence[int],
+        decode: Decode,
+        shares_device: bool,
+    ) -> None:
+        self._server, self._config, self._decode = server, config, decode
+        self._banned = frozenset(banned_token_ids)
+        self._shares_device, self._kv_cache_released = shares_device, False
+        self._version: int | None = None
+        self._http = EngineHttp(server, config.request_timeout_s)
+
+    def generate(
+        self, prompts: Sequence[EncodedPrompt], sampling: SamplingParams, *, seed: int, step: int
+    ) -> list[tuple[Response, ...]]:
+        """See ``RolloutEngine``. One request per prompt, all at once, so that its images are processed once.
+
+        Raises:
+            PromptMismatchError: the engine read other prompt ids than ours.
+            EngineError: time limit, dead engine, or an answer that breaks what was asked; names the prompt.
+        """
+        if self._version is None:
+            raise EngineError("the engine has no weights yet: call update_weights before generate")
+        calls = [self._generate_call(prompt, sampling, seed, step) for prompt in prompts]
+        answers = self._http.call_all(calls)
+        return [
+            self._responses(prompt, answer, sampling) for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+
+    def update_weights(self, buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], version: int) -> None:
+        """See ``RolloutEngine``. Nothing may be generating: it would be aborted.
+
+        Raises:
+            EngineError: the engine refused a bucket, could not flush, or reports another version afterwards.
+        """
+        what = f"updating to version {version}"
+        self._version = None
+        self._admin(what, "/pause_generation", {"mode": "abort"})
+        for bucket in buckets:
+            body = {
+                "serialized_named_tensors": [_serialize(bucket)] * self._config.tensor_parallel_size,
+                "flush_cache": False,
+            }
+            self._expect_success(what, self._admin(what, "/update_weights_from_tensor", body))
+        self._admin(what, "/flush_cache", {})
+        body = {"new_version": str(version), "abort_all_requests": False}
+        self._expect_success(what, self._admin(what, "/update_weight_version", body))
+        self._admin(what, "/continue_generation", {})
+        info = cast("Json", self._http.call(Call(what=what, path="/model_info")))
+        if info["weight_version"] != str(version):
+            raise EngineError(f"{what}: the engine reports version {info['weight_version']!r} afterwards")
+        self._version = version
+
+    def release_kv_cache(self) -> None:
+        """Give the KV cache's memory back to the device."""
+        if self._shares_device and not self._kv_cache_released:
+            self._admin("releasing the KV cache", "/release_memory_occupation", {"tags": ["kv_cache"]})
+            self._kv_cache_released = True
+
+    def resume_kv_cache(self) -> None:
+        """Take the KV cache's memory again."""
+        if self._shares_device and self._kv_cache_released:
+            self._admin("resuming the KV cache", "/resume_memory_occupation", {"tags": ["kv_cache"]})
+            self._kv_cache_released = False
+
+    def check_alive(self) -> None:
+        """Raise EngineError, with the end of the engine's log, when its process has ended."""
+        self._server.check_alive()
+
+    def close(self) -> None:
+        """End every process of the engine; safe to call twice."""
+        self._http.close()
+        self._server.stop()
+
+    def _admin(self, what: str, path: str, body: Json) -> object:
+        return self._http.call(Call(what=what, path=path, body=body, admin=True))
+
+    @staticmethod
+    def _expect_success(what: str, answer: object) -> None:
+        verdict = cast("Json", answer)
+        if verdict["success"] is not True:
+            raise EngineError(f"{what}: the engine refused: {verdict['message']}")
+
+    def _generate_call(self, prompt: EncodedPrompt, sampling: SamplingParams, seed: int, step: int) -> Call:
+        params: dict[str, object] = {
+            "n": sampling.num_samples,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "max_new_tokens": sampling.max_new_tokens,
+        }
+        if self._config.deterministic:
+            params["sampling_seed"] = prompt_seed(seed, step, prompt.prompt.id)
+        body: dict[str, object] = {
+            "input_ids": prompt.engine_ids.tolist(),
+            "sampling_params": params,
+            "return_logprob": True,
+            "return_prompt_token_ids": True,
+        }
+        if prompt.images:
+            images = [base64.b64encode(image).decode() for image in prompt.images]
+            # With n > 1 SGLang takes the request for a batch of one prompt, whose images are one list in a list.
+            body["image_data"] = images if sampling.num_samples == 1 else [images]
+        return Call(what=f"generating for prompt {prompt.prompt.id}", path="/generate", body=body)
+
+    def _responses(self, prompt: EncodedPrompt, answer: object, sampling: SamplingParams) -> tuple[Response, ...]:
+        samples = cast("list[Json]", answer if isinstance(answer, list) else [answer])
+        if len(samples) != sampling.num_samples:
+            raise EngineError(
+                f"prompt {prompt.prompt.id}: asked for {sampling.num_samples} responses, got {len(samples)}"
+            )
+        return tuple(self._response(prompt, sample) for sample in samples)
+
+    def _response(self, prompt: EncodedPrompt, sample: Json) -> Response:
+        name = f"prompt {prompt.prompt.id}"
+        _check_prompt_ids(name, prompt.ids, np.array(sample["prompt_token_ids"], dtype=np.int64))
+        meta = cast("Json", sample["meta_info"])
+        ids = cast("list[int]", sample["output_ids"])
+        scored = cast("list[tuple[float, int, None]]", meta["output_token_logprobs"])
+        logprobs = [entry[0] for entry in scored]
+        if [entry[1] for entry in scored] != ids:
+            raise EngineError(f"{name}: log-probs for tokens {[entry[1] for entry in scored]}, but tokens {ids}")
+        if not all(math.isfinite(value) for value in logprobs):
+            raise EngineError(f"{name}: log-probs {logprobs} are not all finite")
+        if found := self._banned.intersection(ids):
+            raise EngineError(f"{name}: the engine sampled the banned tokens {sorted(found)}")
+        if meta["weight_version"] != str(self._version):
+            raise EngineError(
+                f"{name}: sampled by weights of version {meta['weight_version']!r} instead of {self._version}"
+            )
+        reason = cast("Json", meta["finish_reason"])
+        if reason["type"] not in _FINISHES:
+            raise EngineError(f"{name}: the engine gave up: {reason}")
+        tokens = np.array(ids, dtype=np.int64)
+        return Response(
+            ids=tokens,
+            logprobs=np.array(logprobs, dtype=np.float32),
+            finish=_FINISHES[cast("str", reason["type"])],
+            policy_version=cast("int", self._version),
+            text=self._decode(tokens),
+        )
+
+
+def start_engine(
+    config: RolloutConfig, model: EngineModel, *, banned_token_ids: Sequence[int], decode: Decode, log_path: Path
+) -> SGLangEngine:
+    """Start a server (from the main thread) and connect to it. It needs ``update_weights`` before it generates.
+
+    Raises:
+        EngineError: the server ended, or did not answer within ``rollout.startup_timeout_s``.
+    """
+    server = start_server(config, model, banned_token_ids=banned_token_ids, log_path=log_path)
+    return SGLangEngine(
+        server,
+        config,
+        banned_token_ids=banned_token_ids,
+        decode=decode,
+        shares_device=model.device == "cuda",
+    )
+
+
+def _check_prompt_ids(name: str, ours: NDArray[np.int64], theirs: NDArray[np.int64]) -> None:
+    if np.array_equal(ours, theirs):
+        return
+    shared = min(len(ours), len(theirs))
+    differing = np.flatnonzero(ours[:shared] != theirs[:shared])
+    at = int(differing[0]) if len(differing) else shared
+    raise PromptMismatchError(
+        f"{name}: the engine read {len(theirs)} prompt tokens, ours has {len(ours)}; they differ from index {at} on: "
+        f"{theirs[at : at + 4].tolist()} instead of {ours[at : at + 4].tolist()}"
+    )
+
+
+def _serialize(bucket: Sequence[tuple[str, torch.Tensor]]) -> str:
+    """Base64 of a plain pickle: multiprocessing's pickler would pass file descriptors, which ends the engine."""
+    return base64.b64encode(pickle.dumps([(name, _own_memory(tensor)) for name, tensor in bucket])).decode()
+
+
+def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A CPU tensor that is all of its storage: pickle writes whole storages."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
