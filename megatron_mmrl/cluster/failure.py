@@ -23,6 +23,9 @@ LAUNCHER_PID = "MMRL_LAUNCHER_PID"
 _LOST_PEER = ("closed by peer", "reset by peer", "broken pipe", "remote process exited", "remote process has exited")
 
 
+_LINE_CHARS = 500
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
     """One rank's end, as written to ``error-rank<N>.json`` or as seen by the launcher."""
@@ -34,7 +37,7 @@ class Failure:
     traceback: str = ""
 
     def __str__(self) -> str:
-        message = " ".join(self.message.split())  # one line, so that the last line of the output says it all
+        message = self.message.strip().partition("\n")[0][:_LINE_CHARS]  # the last line of the output has to say it all
         if self.type == ConfigError.__name__:
             return message
         return f"rank {self.rank}: " + ": ".join(part for part in (self.type, message) if part)

@@ -147,11 +147,10 @@ def _start(
 
 def _serve_store(listener: socket.socket) -> object:
     """Serve torch's rendezvous store on ``listener`` for as long as the returned object lives."""
-    from torch.distributed import TCPStore  # after the ranks were started: the import takes seconds, theirs too
+    import torch.distributed as dist  # after the ranks were started: the import takes seconds, theirs too
 
-    return TCPStore(
-        *listener.getsockname(), is_master=True, wait_for_workers=False, master_listen_fd=os.dup(listener.fileno())
-    )
+    host, port = listener.getsockname()
+    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(listener.fileno()))
 
 
 def _watch(ranks: Sequence[subprocess.Popen[bytes]], signals: _Signals, log_dir: Path) -> End:

@@ -6,16 +6,19 @@ import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+D = TypeVar("D", bound="DataclassInstance")
 
 
 class ConfigError(ValueError):
     """The configuration cannot be used; the message says which key and what would work."""
 
 
-def build(cls: type[T], values: object) -> T:
+def build(cls: type[D], values: object) -> D:
     """Make a ``cls``, a keyword-only dataclass, out of a mapping, nested dataclasses and lists included.
 
     Raises:
@@ -24,7 +27,7 @@ def build(cls: type[T], values: object) -> T:
     return _build(cls, values, "", list(known_keys(cls)))
 
 
-def known_keys(cls: type, key: str = "") -> Iterator[str]:
+def known_keys(cls: type[DataclassInstance], key: str = "") -> Iterator[str]:
     """Every dotted key that can be set; ``[0]`` stands for any index of a list."""
     for name, hint in _hints(cls).items():
         if get_origin(hint) is list and is_dataclass(get_args(hint)[0]):
@@ -36,7 +39,7 @@ def known_keys(cls: type, key: str = "") -> Iterator[str]:
             yield _join(key, name)
 
 
-def _build(cls: type[T], values: object, key: str, known: list[str]) -> T:
+def _build(cls: type[D], values: object, key: str, known: list[str]) -> D:
     """``key``: dotted name of this part, empty for the root; ``known``: all keys of the root."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{key}={_shown(values)}: expected keys below it, such as {_join(key, fields(cls)[0].name)}")
@@ -51,7 +54,9 @@ def _build(cls: type[T], values: object, key: str, known: list[str]) -> T:
             arguments[field.name] = _convert(values[field.name], hints[field.name], name, known)
         elif _is_required(field):
             hint = hints[field.name]
-            arguments[field.name] = _build(hint, {}, name, known) if is_dataclass(hint) else _refuse_unset(name)
+            if not (isinstance(hint, type) and is_dataclass(hint)):
+                raise ConfigError(f"{name} is not set; give it in the file or as {name}=...")
+            arguments[field.name] = _build(hint, {}, name, known)
     try:
         return cls(**arguments)
     except ConfigError:
@@ -65,7 +70,7 @@ def _convert(value: object, hint: Any, key: str, known: list[str]) -> object:
         if value is None:
             return None
         (hint,) = (option for option in get_args(hint) if option is not NoneType)
-    if is_dataclass(hint) and isinstance(hint, type):
+    if isinstance(hint, type) and is_dataclass(hint):
         return _build(hint, value, key, known)
     if get_origin(hint) is list and isinstance(value, list):
         (item,) = get_args(hint)
@@ -111,11 +116,7 @@ def _is_required(field: Field[Any]) -> bool:
     return field.default is MISSING and field.default_factory is MISSING
 
 
-def _refuse_unset(key: str) -> object:
-    raise ConfigError(f"{key} is not set; give it in the file or as {key}=...")
-
-
-def _unknown(cls: type, section: str, key: str, known: list[str]) -> str:
+def _unknown(cls: type[DataclassInstance], section: str, key: str, known: list[str]) -> str:
     """Message for a key that does not exist, with the nearest that does or else the keys of its section."""
     if hint := _nearest(key, section, list(known_keys(cls, section)), known):
         return f"unknown key {key}; did you mean {hint}?"

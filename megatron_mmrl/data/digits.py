@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice, repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,10 +72,14 @@ def write_digits(out_dir: Path, options: DigitsOptions | None = None) -> None:
     images, labels = map(np.asarray, load_digits(return_X_y=True))
     pngs = [_png(pixels.reshape(8, 8), options.image_size) for pixels in images]
     order = np.random.default_rng(0).permutation(len(labels))
-    pools = {"test": order[:_NUM_TEST_SCANS], "train": order[_NUM_TEST_SCANS:]}
+    splits = {
+        "train": (order[_NUM_TEST_SCANS:], options.train_rows),
+        "test": (order[:_NUM_TEST_SCANS], options.test_rows),
+    }
     out_dir.mkdir(parents=True, exist_ok=True)
-    for split in pools:
-        rows = [_row(task, split, scans, labels, pngs) for task, scans in _questions(pools[split], split, options)]
+    for number, (split, (pool, num_rows)) in enumerate(splits.items()):
+        questions = _questions(pool, options.task, np.random.default_rng([options.seed, number]))
+        rows = [_row(task, split, scans, labels, pngs) for task, scans in islice(questions, num_rows)]
         pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), out_dir / f"{split}.parquet", row_group_size=_ROW_GROUP)
 
 
@@ -85,19 +89,11 @@ def digits_texts() -> tuple[str, ...]:
     return (*questions, _solution("read", [7]), _solution("add", [3, 4]))
 
 
-def _questions(pool: NDArray[np.int64], split: str, options: DigitsOptions) -> Iterator[tuple[str, list[int]]]:
-    """Task and scans of each row; every scan of the pool is used before one is used again."""
-    rng = np.random.default_rng([options.seed, ["train", "test"].index(split)])
-    tasks = ("read", "add") if options.task == "both" else (options.task,)
-    scans = _endless(pool, rng)
-    for row in range(options.train_rows if split == "train" else options.test_rows):
-        task = tasks[row % len(tasks)]
-        yield task, list(islice(scans, _QUESTIONS[task].count(IMAGE_TAG)))
-
-
-def _endless(pool: NDArray[np.int64], rng: np.random.Generator) -> Iterator[int]:
-    while True:
-        yield from rng.permutation(pool).tolist()
+def _questions(pool: NDArray[np.int64], task: Task, rng: np.random.Generator) -> Iterator[tuple[str, list[int]]]:
+    """Task and scans of one row after another; every scan of the pool is used before one is used again."""
+    scans = (scan for _ in repeat(None) for scan in rng.permutation(pool).tolist())
+    for kind in cycle(("read", "add") if task == "both" else (task,)):
+        yield kind, list(islice(scans, _QUESTIONS[kind].count(IMAGE_TAG)))
 
 
 def _row(

@@ -22,6 +22,7 @@ _CPU_ARGS: Mapping[str, ServerArgValue] = {
     "sampling_backend": "pytorch",
     "disable_cuda_graph": True,
     "disable_overlap_schedule": True,
+    "skip_tokenizer_init": True,
 }
 
 
@@ -97,6 +98,8 @@ def environment(
     if model.device == "cpu":
         env.setdefault("OMP_NUM_THREADS", "1")
         env["CUDA_VISIBLE_DEVICES"] = ""
+        # SGLang compiles small functions with inductor: 10 s at the first image, and a C++ compiler, for no gain here.
+        env["TORCHDYNAMO_DISABLE"] = "1"
         if config.tensor_parallel_size > 1:  # else SGLang wants a NUMA node per rank
             env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(config.tensor_parallel_size))
         if config.deterministic:

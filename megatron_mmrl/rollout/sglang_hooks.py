@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _PREPROCESS = "sglang.srt.layers.sampler.Sampler._preprocess_logits"
 _DRAW = "sglang.srt.layers.sampler.multinomial_with_seed"
 _BATCH_INVARIANT = "sglang.srt.batch_invariant_ops.enable_batch_invariant_mode"
+_ATTENTION = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
 _SEND = "sglang.srt.managers.tokenizer_manager.TokenizerManager._send_one_request"
 
 
@@ -91,6 +92,13 @@ async def _send_and_advance_seed(
 
 def _rely_on_strict_matmul() -> None:
     """Stands in for SGLang's Triton kernels: on a CPU, MKL's strict mode (see the launcher) makes rows independent."""
+
+
+def install_batched_attention() -> None:
+    """Replace SGLang's CPU attention backend by ours (no effect where another backend is used)."""
+    from megatron_mmrl.rollout.sglang_attention import BatchedCpuAttention
+
+    HookRegistry.register(_ATTENTION, BatchedCpuAttention, HookType.REPLACE)
 
 
 def install_fork_start() -> None:

@@ -89,8 +89,7 @@ def _pack(
     num_bins = _round_up(sum(map(bool, bins)), num_replicas)
     bins = [*bins, *([] for _ in range(num_bins))][:num_bins]
     level = _least_loaded(lengths, order, num_bins=num_bins, limit=limit)
-    if _tallest(level, lengths) <= budget:
-        bins = min(bins, level, key=lambda candidate: _tallest(candidate, lengths))
+    bins = min(bins, level, key=lambda candidate: _tallest(candidate, lengths))  # at most the budget: bins is
     # MULTIFIT: first-fit-decreasing at ever smaller capacities (Coffman, Garey, Johnson 1978)
     low = _round_up(max(lengths[order[0]], -(-sum(lengths) // num_bins)), multiple_of)
     for _ in range(_SEARCH_STEPS):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_mmrl.compat import declare_torchvision_ops
 from megatron_mmrl.config.model import ModelConfig
@@ -36,6 +37,7 @@ class Sequence_:
 class Reference:
     """What Hugging Face says."""
 
+    name: str
     path: Path
     sequences: list[Sequence_]
     logits: list[torch.Tensor]  # [L, V] each
@@ -44,10 +46,11 @@ class Reference:
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """One file per checkpoint: untied with both cases of names, tied with a vocabulary that 2 does not divide."""
+    """One file per checkpoint: untied in transformers' names, tied in original names with an odd vocabulary."""
     declare_torchvision_ops()
     from transformers import Qwen2_5_VLForConditionalGeneration
 
+    from megatron_mmrl.models.hf_io import to_original, to_scheme
     from megatron_mmrl.models.tiny import make_tiny_checkpoint
 
     files = []
@@ -58,12 +61,16 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         if tied:
             model.resize_token_embeddings(model.config.text_config.vocab_size - 1)
             model.save_pretrained(path)
-        torch.save(_reference(model, path), path / "reference.pt")
+        torch.save(_reference(model, name, path), path / "reference.pt")
+        if not tied:
+            tensors = load_file(path / "model.safetensors")
+            renamed = {to_scheme(to_original(tensor), "transformers"): value for tensor, value in tensors.items()}
+            save_file(renamed, path / "model.safetensors")
         files.append(path / "reference.pt")
     return files
 
 
-def _reference(model: torch.nn.Module, path: Path) -> Reference:
+def _reference(model: torch.nn.Module, name: str, path: Path) -> Reference:
     from megatron_mmrl.models.hf_io import to_original
 
     facts = model_facts(path)
@@ -86,7 +93,7 @@ def _reference(model: torch.nn.Module, path: Path) -> Reference:
         torch.nn.functional.cross_entropy(out[:-1], ids[1:], reduction="sum").backward()
         logits.append(out.detach())
     gradients = {to_original(name): p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return Reference(path=path, sequences=sequences, logits=logits, gradients=gradients)
+    return Reference(name=name, path=path, sequences=sequences, logits=logits, gradients=gradients)
 
 
 @pytest.mark.parametrize(
@@ -128,13 +135,9 @@ def _rank(references: Sequence[Path], parallel: ParallelConfig, recompute: str) 
     for file in references:
         reference: Reference = torch.load(file, weights_only=False)  # written by this test
         model = ModelConfig(path=str(reference.path), recompute=recompute)
-        results["tied" if "tied" in _words(reference.path) else "untied"] = _compare(reference, parallel, model)
+        results[reference.name] = _compare(reference, parallel, model)
     shutdown()
     return results
-
-
-def _words(path: Path) -> list[str]:
-    return [path.name.rstrip("0123456789")]
 
 
 def _compare(reference: Reference, parallel: ParallelConfig, model: ModelConfig) -> dict[str, object]:
@@ -145,10 +148,10 @@ def _compare(reference: Reference, parallel: ParallelConfig, model: ModelConfig)
     chunks = build_model(reference.path, parallel=parallel, model=model)
     load_hf_weights(chunks, reference.path)
     reader = HFReader(reference.path)
-    exported = {name: tensor.clone() for name, tensor in export_hf(chunks)}
-    assert exported.keys() == set(reader.names)
+    exported = [(name, torch.equal(tensor, reader[name][:])) for name, tensor in export_hf(chunks)]
+    assert sorted(name for name, _ in exported) == sorted(reader.names)
     return {
-        "weights differ": [name for name in exported if not torch.equal(exported[name], reader[name][:])],
+        "weights differ": [name for name, equal in exported if not equal],
         "logits": _logit_errors(chunks, reference),
         "gradients differ": _gradient_errors(chunks, reference),
     }
@@ -163,7 +166,9 @@ def _logit_errors(chunks: list, reference: Reference) -> dict[str, float]:
         outputs = run_schedule(chunks, batches, lambda chunk, _, hidden: chunk.logits(hidden), forward_only=True)
         for pack, logits in zip(packs, outputs, strict=bool(outputs)):
             expected = [reference.logits[i] for i in pack]
-            got = logits[0] if not padded else torch.cat([row[: len(e)] for row, e in zip(logits, expected, strict=True)])
+            got = (
+                logits[0] if not padded else torch.cat([row[: len(e)] for row, e in zip(logits, expected, strict=True)])
+            )
             differences = [
                 (g - e).abs().max() / e.abs().max().clamp(min=1)
                 for g, e in zip(got[: sum(map(len, expected))].split([len(e) for e in expected]), expected, strict=True)

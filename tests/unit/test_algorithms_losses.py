@@ -280,14 +280,14 @@ def test_importance_weights_scale_the_policy_term_only() -> None:
 def test_mismatch_by_hand() -> None:
     inputs = LossInputs(
         logprobs=torch.tensor([-1.0, -2.0, -9.0]),
-        rollout_logprobs=torch.tensor([-1.5, -1.75, 0.0]),
+        rollout_logprobs=torch.tensor([-0.5, -2.25, 0.0]),
         advantages=torch.ones(3),
         loss_mask=torch.tensor([True, True, False]),
     )
     out = policy_loss(inputs, 2, 1, config=AlgorithmConfig())
     assert out.metrics["mismatch/mean_abs"].item() == 0.75
     assert out.maxima["mismatch/max_abs"].item() == 0.5
-    expected = math.exp(0.5) - 1 - 0.5 + math.exp(-0.25) - 1 + 0.25
+    expected = math.exp(-0.5) - 1 + 0.5 + math.exp(0.25) - 1 - 0.25
     assert out.metrics["mismatch/kl"].item() == pytest.approx(expected, rel=1e-6)
 
 

@@ -66,6 +66,16 @@ def test_a_log_file_gets_one_plain_line_per_step(monkeypatch: pytest.MonkeyPatch
     ]
 
 
+def test_time_left_after_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 20.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    progress = Progress(110, stream)
+    progress.show({"step": 100.0})
+    progress.show({"step": 102.0})  # 10 s for each step of this process, 8 left
+    assert stream.getvalue().splitlines()[1].endswith("| 1m20s left")
+
+
 def test_a_terminal_gets_a_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")

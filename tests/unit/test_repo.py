@@ -80,7 +80,7 @@ def test_every_command_in_the_documentation_parses(page: Path) -> None:
         "mmrl train --config configs/none.yaml",
         "mmrl train --config configs/quickstart.yaml run.sed=1",
         "torchrun --nproc-per-node 2 -m megatron_mmrl.trian --config configs/quickstart.yaml",
-        "CUDA_VISIBLE_DEVICES=0 torchrun --nproc-per-node 2 -m megatron_mmrl.train --config configs/quickstart.yaml x=1",
+        "OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m megatron_mmrl.train --config configs/quickstart.yaml x=1",
         "python examples/none.py",
     ],
 )

@@ -36,7 +36,7 @@ def behave(prompt, text):
     if text == "segfault":
         os.kill(os.getpid(), 11)
     if text == "memory":
-        bytearray(1 << 40)
+        bytearray(9 << 30)
     if text == "print":
         print('{"id": 0, "value": {}}', flush=True)
     if text == "read":
@@ -50,6 +50,11 @@ def behave(prompt, text):
 def counted(prompt, text, *, path):
     with open(path, "a") as file:
         file.write(f"{prompt.id} {text}\\n")
+    return 1.0
+
+def once(prompt, text, *, path):
+    """Fails when it is called for the first time."""
+    open(path, "x" if not os.path.exists(path) else "r").read()
     return 1.0
 '''
 
@@ -238,6 +243,14 @@ def test_equal_responses_are_scored_once(plugin_dir: Path, tmp_path: Path) -> No
         pool.score([group(["a", "a", "b"], name="p"), group(["a"], name="q")])
         pool.score([group(["b", "a"], name="p")])
     assert sorted(log.read_text().split("\n")[:-1]) == ["p a", "p b", "q a"]
+
+
+def test_failures_are_not_remembered(plugin_dir: Path, tmp_path: Path) -> None:
+    terms = [RewardTerm(name="odd_rewards:once", kwargs={"path": str(tmp_path / "flag")})]
+    with RewardPool(RewardConfig(terms=terms)) as pool:
+        first, second = scores_of(pool, ["a"]), scores_of(pool, ["a"])
+    assert first[0].error == "odd_rewards:once: UnsupportedOperation: not readable"
+    assert second[0] == Score(total=1.0, terms={"odd_rewards:once": 1.0})
 
 
 @pytest.mark.parametrize(
