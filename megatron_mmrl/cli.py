@@ -35,7 +35,8 @@ ends with exit code 2 before any process is started.
 _QUICKSTART = """\
 Writes scanned digits and a tiny random Qwen2.5-VL to runs/prepared/ (once),
 then trains as "mmrl train --config configs/quickstart.yaml" does: a short
-supervised warm-up, then GRPO. Results are under runs/quickstart/.
+supervised warm-up, then GRPO. Results are under runs/quickstart/. Typing the
+same command again continues an interrupted run.
 
   mmrl quickstart
   mmrl quickstart run.seed=1 run.output_dir=runs/seed1
@@ -142,7 +143,7 @@ def quickstart(request: Request) -> int:
 
         raise ConfigError(f"{request.config} is missing; run quickstart from a clone of the repository")
     prepared = prepare_quickstart(request.task)
-    overrides = request.overrides
+    overrides = ("run.resume=auto", *request.overrides)  # typing the same command again continues it
     if request.task is not None:
         overrides = (
             f"run.output_dir=runs/quickstart_{request.task}",

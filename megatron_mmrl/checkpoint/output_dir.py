@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from megatron_mmrl.config import Config, ConfigError, load_config
+from megatron_mmrl.config.build import shown
 
 CONFIG_FILE = "config.yaml"
 LOG_DIR = "logs"
@@ -65,8 +66,8 @@ def _refuse_another_run(config: Config, directory: Path) -> None:
     for key, value in now.items():
         if key not in FREE_TO_CHANGE and was[key] != value:
             raise ConfigError(
-                f"run.output_dir={directory} holds another run: {key} is {was[key]!r} there and {value!r} now; "
-                "use another directory, or the same settings to continue that run"
+                f"run.output_dir={directory} holds another run: {key} is {shown(was[key])} there and {shown(value)} "
+                "now; use another directory, or the same settings to continue that run"
             )
 
 

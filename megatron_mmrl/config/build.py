@@ -42,7 +42,7 @@ def known_keys(cls: type[DataclassInstance], key: str = "") -> Iterator[str]:
 def _build(cls: type[D], values: object, key: str, known: list[str]) -> D:
     """``key``: dotted name of this part, empty for the root; ``known``: all keys of the root."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{key}={_shown(values)}: expected keys below it, such as {_join(key, fields(cls)[0].name)}")
+        raise ConfigError(f"{key}={shown(values)}: expected keys below it, such as {_join(key, fields(cls)[0].name)}")
     hints = _hints(cls)
     for name in values:
         if name not in hints:
@@ -89,7 +89,7 @@ def _scalar(value: object, hint: Any, key: str) -> object:
         return hint(value)
     if hint is int and type(value) is float and value.is_integer():  # 1e9
         return int(value)
-    raise ConfigError(f"{key}={_shown(value)}: expected {_described(hint)}")
+    raise ConfigError(f"{key}={shown(value)}: expected {_described(hint)}")
 
 
 def _described(hint: Any) -> str:
@@ -102,7 +102,8 @@ def _described(hint: Any) -> str:
     return {int: "an integer", float: "a number", str: "text", bool: "true or false"}[hint]
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """``value`` as a YAML file would have it."""
     names: dict[object, str] = {None: "null", True: "true", False: "false"}
     return names[value] if value is None or isinstance(value, bool) else repr(value)
 

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import cycle, islice, repeat
 from pathlib import Path
 from typing import Any, Literal
@@ -70,7 +71,7 @@ def write_digits(out_dir: Path, options: DigitsOptions | None = None) -> None:
 
     options = options or DigitsOptions()
     images, labels = map(np.asarray, load_digits(return_X_y=True))
-    pngs = [_png(pixels.reshape(8, 8), options.image_size) for pixels in images]
+    png = cache(lambda scan: _png(images[scan].reshape(8, 8), options.image_size))
     order = np.random.default_rng(0).permutation(len(labels))
     splits = {
         "train": (order[_NUM_TEST_SCANS:], options.train_rows),
@@ -79,7 +80,7 @@ def write_digits(out_dir: Path, options: DigitsOptions | None = None) -> None:
     out_dir.mkdir(parents=True, exist_ok=True)
     for number, (split, (pool, num_rows)) in enumerate(splits.items()):
         questions = _questions(pool, options.task, np.random.default_rng([options.seed, number]))
-        rows = [_row(task, split, scans, labels, pngs) for task, scans in islice(questions, num_rows)]
+        rows = [_row(task, split, scans, labels, png) for task, scans in islice(questions, num_rows)]
         pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), out_dir / f"{split}.parquet", row_group_size=_ROW_GROUP)
 
 
@@ -97,13 +98,13 @@ def _questions(pool: NDArray[np.int64], task: Task, rng: np.random.Generator) ->
 
 
 def _row(
-    task: str, split: str, scans: Sequence[int], labels: NDArray[np.int64], pngs: Sequence[bytes]
+    task: str, split: str, scans: Sequence[int], labels: NDArray[np.int64], png: Callable[[int], bytes]
 ) -> dict[str, Any]:
     digits = [int(labels[scan]) for scan in scans]
     return {
         "data_source": f"digits/{task}",
         "prompt": [{"role": "user", "content": _QUESTIONS[task]}],
-        "images": [{"bytes": pngs[scan], "path": None} for scan in scans],
+        "images": [{"bytes": png(scan), "path": None} for scan in scans],
         "ability": "digits",
         "reward_model": {"style": "rule", "ground_truth": str(sum(digits))},
         "extra_info": {"split": split, "solution": _solution(task, digits), "scans": list(scans)},

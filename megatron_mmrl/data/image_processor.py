@@ -51,7 +51,8 @@ class ImageProcessor:
     """Hugging Face's image processor of the model (its PIL form), with the run's pixel limits.
 
     The image is resized to the model's grid *here*, and the PNG holds the resized pixels. The engine's own resize
-    then has nothing to do, whatever library it uses for that, and a large photo is not sent in full.
+    then has nothing to do (torchvision's differs from PIL's by 0.015 in the patches), and a large photo is not sent
+    in full.
     """
 
     def __init__(self, model_path: str, config: DataConfig) -> None:
@@ -91,14 +92,13 @@ class ImageProcessor:
 
     def settings(self) -> dict[str, object]:
         """What ``preprocessor_config.json`` must hold for another process to do the same."""
-        return json.loads(self._hf.to_json_string()) | self._limits
+        return json.loads(self._hf.to_json_string())
 
     def _shared(self, missing: list[str], files: Mapping[str, bytes], exchange: Exchange | None) -> dict[str, Outcome]:
         if exchange is None or exchange.world_size == 1 or not missing:
             return {key: self._outcome(files[key]) for key in missing}
         mine = {key: self._outcome(files[key]) for key in missing[exchange.rank :: exchange.world_size]}
-        merged = {key: outcome for part in exchange.all_gather(mine) for key, outcome in part.items()}
-        return {key: merged[key] for key in missing}  # the same order, and so the same cache, on every rank
+        return {key: outcome for part in exchange.all_gather(mine) for key, outcome in part.items()}
 
     def _outcome(self, data: bytes) -> Outcome:
         try:

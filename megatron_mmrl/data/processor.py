@@ -57,7 +57,8 @@ class Processor:
         self.end_token_id: int = self._tokenizer.eos_token_id
         self.pad_token_id: int = self._tokenizer.pad_token_id
         self.pad_token_id: int = self._tokenizer.pad_token_id
-        self._special = re.compile("|".join(map(re.escape, self._special_tokens())) or "(?!)")
+        special = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
+        self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
 
     def encode(self, prompt: Prompt, images: Mapping[str, Outcome] | None = None) -> EncodedPrompt:
         """Token ids as Hugging Face's processor would give them, with the patches of the images.
@@ -138,10 +139,6 @@ class Processor:
             if (self._path / name).exists():
                 shutil.copyfile(self._path / name, out / name)
         write_image_processor(self.images, self._path, out)
-
-    def _special_tokens(self) -> list[str]:
-        added = {token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special}
-        return sorted(added | set(self._tokenizer.all_special_tokens))
 
     def _tokenize(self, prompt: Prompt) -> NDArray[np.int64]:
         messages = prompt.messages

@@ -18,6 +18,7 @@ from megatron_mmrl.rollout.server_args import Endpoint
 Json = Mapping[str, object]
 _POLL_S = 0.2
 _MAX_CONNECTIONS = 256
+_KEEPALIVE_S = 2.0  # the server closes idle connections after 5 s; a request sent at that moment would be lost
 _REAP_S = 2.0  # a dying server's sockets close a moment before its end can be seen
 
 
@@ -78,7 +79,7 @@ class EngineHttp:
     async def _open_session(self) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
             self._server.endpoint.url,
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
             trust_env=False,  # never through an HTTP proxy
         )
 

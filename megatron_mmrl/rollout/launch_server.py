@@ -50,7 +50,10 @@ def serve(settings: LaunchSettings) -> None:
     from sglang.srt.server_args import ServerArgs
 
     from megatron_mmrl.rollout import sglang_hooks
+    from megatron_mmrl.rollout.batch_invariance import require_independent_rows
 
+    if settings.deterministic and settings.server_args["device"] == "cpu":
+        require_independent_rows(str(settings.server_args["dtype"]))
     load_plugins()
     if not sglang_hooks.hooks_in_place(deterministic=settings.deterministic):
         raise RuntimeError(

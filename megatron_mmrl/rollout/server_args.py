@@ -16,13 +16,12 @@ UNLOADED_VERSION = "none"
 _CPU_KV_TOKENS = 65_536  # SGLang would size the KV cache by a share of the whole machine's memory
 _IMAGE_CACHE_MB = 256  # with it, SGLang's image processor runs once per distinct image and keeps our token ids
 _CPU_ARGS: Mapping[str, ServerArgValue] = {
-    "device": "cpu",
     "attention_backend": "torch_native",
     "mm_attention_backend": "sdpa",
     "sampling_backend": "pytorch",
     "disable_cuda_graph": True,
     "disable_overlap_schedule": True,
-    "skip_tokenizer_init": True,
+    "skip_tokenizer_init": True,  # we send and want token ids only
 }
 
 
@@ -61,6 +60,7 @@ def server_args(config: RolloutConfig, model: EngineModel, endpoint: Endpoint) -
         "admin_api_key": endpoint.admin_key,
         "load_format": "dummy",
         "weight_version": UNLOADED_VERSION,
+        "device": model.device,
         "dtype": model.dtype,
         "tp_size": config.tensor_parallel_size,
         "base_gpu_id": model.first_device,

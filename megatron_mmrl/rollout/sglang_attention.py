@@ -11,13 +11,20 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from megatron_mmrl.rollout.batched_attention import attend_last_tokens
 
 
-class BatchedCpuAttention(TorchNativeAttnBackend):
-    """One new token per sequence (decoding, or a prompt whose prefix is cached) in one call; the rest as SGLang does."""
+class BatchedDecodeAttention(TorchNativeAttnBackend):
+    """Decoding in one call for all sequences. Every result has the bits that one sequence alone would give."""
 
     def _run_sdpa_forward_decode(self, *inputs: torch.Tensor | None, **options: object) -> torch.Tensor:
         if not _is_plain_attention(inputs, options):
             return super()._run_sdpa_forward_decode(*inputs, **options)
         return _attend_last(inputs[:7], options["scaling"])
+
+
+class BatchedAttention(BatchedDecodeAttention):
+    """Also the last token of prompts whose other tokens are cached: the copies of a prompt.
+
+    It rounds unlike SGLang's attention of whole prompts, so which of the two a prompt meets would show in the bits.
+    """
 
     def _run_sdpa_forward_extend(self, *inputs: torch.Tensor | None, **options: object) -> torch.Tensor:
         new_tokens = inputs[8]

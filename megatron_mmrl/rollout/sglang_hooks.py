@@ -17,7 +17,9 @@ from megatron_mmrl.rollout.seeded_noise import draw_tokens
 if TYPE_CHECKING:
     from sglang.srt.layers.sampler import Sampler
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+    from sglang.srt.managers.schedule_batch import MultimodalDataItem
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
+    from sglang.srt.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
     from sglang.srt.server_args import ServerArgs
 
@@ -25,6 +27,7 @@ _PREPROCESS = "sglang.srt.layers.sampler.Sampler._preprocess_logits"
 _DRAW = "sglang.srt.layers.sampler.multinomial_with_seed"
 _BATCH_INVARIANT = "sglang.srt.batch_invariant_ops.enable_batch_invariant_mode"
 _ATTENTION = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+_IMAGE_FEATURES = "sglang.srt.models.qwen2_5_vl.Qwen2_5_VLForConditionalGeneration.get_image_feature"
 _SEND = "sglang.srt.managers.tokenizer_manager.TokenizerManager._send_one_request"
 
 
@@ -65,6 +68,7 @@ def install_seeded_sampling() -> None:
     add_radix_supported_deterministic_attention_backend_choices(["torch_native"])
     HookRegistry.register(_DRAW, draw_tokens, HookType.REPLACE)
     HookRegistry.register(_BATCH_INVARIANT, _rely_on_strict_matmul, HookType.REPLACE)
+    HookRegistry.register(_IMAGE_FEATURES, _encode_one_by_one, HookType.AROUND)
 
 
 def hooks_in_place(*, deterministic: bool) -> bool:
@@ -90,15 +94,22 @@ async def _send_and_advance_seed(
         params.sampling_seed += 1
 
 
+def _encode_one_by_one(
+    encode: Callable[..., torch.Tensor], model: Qwen2_5_VLForConditionalGeneration, items: list[MultimodalDataItem]
+) -> torch.Tensor:
+    """SGLang encodes the images of all requests that come together as one long sequence, which shows in the bits."""
+    return torch.cat([encode(model, [item]) for item in items])
+
+
 def _rely_on_strict_matmul() -> None:
     """Stands in for SGLang's Triton kernels: on a CPU, MKL's strict mode (see the launcher) makes rows independent."""
 
 
-def install_batched_attention() -> None:
+def install_batched_attention(*, deterministic: bool) -> None:
     """Replace SGLang's CPU attention backend by ours (no effect where another backend is used)."""
-    from megatron_mmrl.rollout.sglang_attention import BatchedCpuAttention
+    from megatron_mmrl.rollout.sglang_attention import BatchedAttention, BatchedDecodeAttention
 
-    HookRegistry.register(_ATTENTION, BatchedCpuAttention, HookType.REPLACE)
+    HookRegistry.register(_ATTENTION, BatchedDecodeAttention if deterministic else BatchedAttention, HookType.REPLACE)
 
 
 def install_fork_start() -> None:

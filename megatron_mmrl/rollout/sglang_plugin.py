@@ -31,7 +31,7 @@ def register() -> None:
     if settings.deterministic:
         sglang_hooks.install_seeded_sampling()
     if not _has_cuda():
-        sglang_hooks.install_batched_attention()
+        sglang_hooks.install_batched_attention(deterministic=settings.deterministic)
         sglang_hooks.install_fork_start()
 
 

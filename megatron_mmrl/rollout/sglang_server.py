@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -17,6 +18,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+
+import psutil
 
 from megatron_mmrl.config.rollout import RolloutConfig
 from megatron_mmrl.rollout.engine import EngineError
@@ -55,6 +58,15 @@ class ServerProcess:
             self._process.poll()  # reaps the launcher, which would otherwise stay in the group
             time.sleep(0.02)
         shutil.rmtree(self._scratch_dir, ignore_errors=True)
+        for path in Path("/dev/shm").glob(f"sgl_shm_*_{self.pid}_*"):  # images on their way to the scheduler
+            path.unlink(missing_ok=True)
+
+    def drop_shared_names(self) -> None:
+        """Take the names off the shared files that SGLang would leave behind when it is killed; its mappings stay."""
+        for process in [self.pid, *(child.pid for child in psutil.Process(self.pid).children(recursive=True))]:
+            mapped = Path(f"/proc/{process}/maps").read_text()
+            for name in set(re.findall(r"/dev/shm/sgl\S+", mapped)):
+                Path(name).unlink(missing_ok=True)
 
     def _kill_group(self) -> bool:
         """Kill all processes of the engine; False when there are none left."""
@@ -114,6 +126,7 @@ def start_server(
         server.stop()
         raise
     settings_path.unlink()
+    server.drop_shared_names()
     return server
 
 

@@ -92,6 +92,9 @@ class MegatronPolicy:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Full tensors under Hugging Face names, in the same order on every rank."""
+        if self._config.parallel.overlap_param_gather:
+            for chunk in self.chunks:  # other replicas' shares are one update old until the next forward pass
+                chunk.start_param_sync(force_sync=True)
         return export_hf([chunk.module for chunk in self.chunks])
 
     def offload(self) -> None:

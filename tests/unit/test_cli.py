@@ -176,7 +176,7 @@ def test_quickstart_prepares_once_and_then_trains_what_it_prepared(
     for overrides in ([], ["run.seed=1"]):
         assert cli.main(["quickstart", *overrides]) == 7
     assert len(prepared) == 1
-    args = ["--config", str(cli.QUICKSTART_CONFIG)]
+    args = ["--config", str(cli.QUICKSTART_CONFIG), "run.resume=auto"]
     assert [call[1] for call in started] == [args, [*args, "run.seed=1"]]
     assert cli.main(["quickstart", "--task", "add", "run.seed=1"]) == 7
     assert started[-1][1][2:] == [
@@ -184,6 +184,7 @@ def test_quickstart_prepares_once_and_then_trains_what_it_prepared(
         "model.path=runs/prepared_add/model",
         "data.train_files=[runs/prepared_add/train.parquet]",
         "data.eval_files=[runs/prepared_add/test.parquet]",
+        "run.resume=auto",
         "run.seed=1",
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,13 @@ def test_vocabulary_is_padded_beyond_the_tokenizer(checkpoint: Path) -> None:
     assert config["image_token_id"] == tokenizer.convert_tokens_to_ids("<|image_pad|>")
     generation = json.loads((checkpoint / "generation_config.json").read_text())
     assert generation["eos_token_id"] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_some_ids_are_spare_even_where_the_tokenizer_fills_a_multiple_of_64(tmp_path: Path) -> None:
+    pangram = "Sphinx of black quartz, judge my vow while the quick brown fox jumps over some lazy dog"
+    make_tiny_checkpoint(tmp_path, texts=[pangram], sizes=replace(SMALL, num_merges=53))
+    assert len(load_processor(tmp_path).tokenizer) == 320
+    assert json.loads((tmp_path / "config.json").read_text())["text_config"]["vocab_size"] == 384
 
 
 def test_chat_template_writes_qwens_turns(checkpoint: Path) -> None:
