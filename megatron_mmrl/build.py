@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_mmrl.algorithms.registry import build_algorithm
+from megatron_mmrl.cluster.failure import failure_recorded
 from megatron_mmrl.config import Config
 from megatron_mmrl.controller.handover import Handover
 from megatron_mmrl.controller.scoring import Scorer
@@ -99,7 +100,7 @@ def machinery(config: Config, scratch: Path) -> Iterator[Machinery]:
         config: checked.
         scratch: directory for the engines' model directory and logs, shared by all ranks.
     """
-    with ExitStack() as stack:
+    with ExitStack() as stack, failure_recorded():  # recorded before the clean-up, which may wait for other ranks
         layout = initialize(config.parallel, config.run.seed)
         stack.callback(shutdown)
         exchange = Collectives()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_mmrl.checkpoint.output_dir import LOG_DIR
-from megatron_mmrl.cluster.failure import failure_recorded, run_rank
+from megatron_mmrl.cluster.failure import run_rank
 from megatron_mmrl.cluster.preflight import preflight
 from megatron_mmrl.config import Config, ConfigError, load_config
 
@@ -36,7 +36,7 @@ def run(config: Config, checkpoint: Path) -> None:
     from megatron_mmrl.controller.evaluate import greedy_scores
 
     scratch = Path(config.run.output_dir) / LOG_DIR / "eval"
-    with machinery(config, scratch) as machine, failure_recorded():
+    with machinery(config, scratch) as machine:
         _load(machine, checkpoint)
         prompts = machine.eval_prompts(scratch / "quarantine.jsonl")
         machine.handover.publish(0)

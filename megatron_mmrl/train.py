@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_mmrl.checkpoint.output_dir import CONFIG_FILE, LOG_DIR, claim_output_dir
-from megatron_mmrl.cluster.failure import failure_recorded, run_rank
+from megatron_mmrl.cluster.failure import run_rank
 from megatron_mmrl.cluster.preflight import preflight
 from megatron_mmrl.config import Config, dump_config, load_config
 
@@ -44,7 +44,7 @@ def run(config: Config) -> None:
     from megatron_mmrl.build import machinery
 
     output_dir = Path(config.run.output_dir)
-    with machinery(config, output_dir / LOG_DIR) as machine, failure_recorded():
+    with machinery(config, output_dir / LOG_DIR) as machine:
         if machine.exchange.rank == 0:
             (output_dir / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
         session = Session(machine, output_dir)

@@ -1,6 +1,7 @@
 """The clipped policy-gradient loss of PPO, GRPO and DAPO: one function, variants are its numbers.
 
-loss = sum_t -w_t min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t) + kl_coef KL_t, over a global count,
+loss = sum_t -w_t min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t) + kl_coef KL_t - entropy_coef H_t, over
+a global count,
 with rho_t = pi / pi_old of the drawn token and w_t the truncated importance weight (1 when off).
 
 PPO: arXiv 1707.06347, equation 7; GRPO: arXiv 2402.03300, equation 3; DAPO: arXiv 2503.14476, equation 8.
@@ -31,6 +32,7 @@ class LossInputs:
     old_logprobs: Tensor | None = None  # None: pi_old is pi itself (the first and only update of a rollout)
     ref_logprobs: Tensor | None = None  # needed when kl_coef > 0
     rollout_logprobs: Tensor | None = None  # the engine's; needed when tis_cap is set
+    entropy: Tensor | None = None  # H of pi at the token, nats, with gradient; needed when entropy_coef > 0
     tokens_in_sequence: Tensor | None = None  # needed for seq_mean; see aggregate.count_tokens_in_sequence
 
 
@@ -65,8 +67,9 @@ def policy_loss(inputs: LossInputs, num_loss_tokens: int, num_sequences: int, *,
     """The module's formula on one micro-batch, divided by the global counts of its mini-batch.
 
     Metrics: ``clip_fraction``; ``ratio``; ``policy_kl`` (k3, pi_old to pi); ``kl`` (to the reference, by
-    ``kl_estimator``; 0 without one). With truncated importance sampling ``tis_weight``; with the engine's log-probs
-    ``mismatch/mean_abs`` and ``mismatch/kl`` (k3) of pi_old against them, and the maximum ``mismatch/max_abs``.
+    ``kl_estimator``; 0 without one); ``entropy`` where it is given. With truncated importance sampling
+    ``tis_weight``; with the engine's log-probs ``mismatch/mean_abs`` and ``mismatch/kl`` (k3) of pi_old against them,
+    and the maximum ``mismatch/max_abs``.
 
     Raises:
         ValueError: an input that the configuration needs is None, shapes differ, or a count is not positive.
@@ -93,6 +96,10 @@ def policy_loss(inputs: LossInputs, num_loss_tokens: int, num_sequences: int, *,
         loss = loss * per_token["tis_weight"]
     if config.kl_coef > 0:
         loss = loss + config.kl_coef * per_token["kl"]
+    if tokens.entropy is not None:
+        per_token["entropy"] = tokens.entropy
+        if config.entropy_coef > 0:
+            loss = loss - config.entropy_coef * tokens.entropy
     if config.aggregation == "seq_mean":
         assert tokens.tokens_in_sequence is not None  # _check
         total = seq_mean(loss, tokens.tokens_in_sequence, num_sequences)
@@ -106,6 +113,7 @@ def policy_loss(inputs: LossInputs, num_loss_tokens: int, num_sequences: int, *,
 def _check(inputs: LossInputs, config: AlgorithmConfig) -> None:
     needs = (
         ("ref_logprobs", config.kl_coef > 0, f"algorithm.kl_coef={config.kl_coef}"),
+        ("entropy", config.entropy_coef > 0, f"algorithm.entropy_coef={config.entropy_coef}"),
         ("rollout_logprobs", config.tis_cap is not None, f"algorithm.tis_cap={config.tis_cap}"),
         ("tokens_in_sequence", config.aggregation == "seq_mean", "algorithm.aggregation=seq_mean"),
     )

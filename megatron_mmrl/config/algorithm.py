@@ -21,6 +21,8 @@ class AlgorithmConfig:
     kl_coef: float = 0.0
     """Weight of the KL term against the reference model; 0: no reference model is kept."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus, which keeps a small policy exploring; 0: off."""
     aggregation: Literal["token_mean", "seq_mean"] = "token_mean"
     """How token losses become one number; always with a global denominator."""
     std_floor: float = 1e-6
@@ -40,6 +42,7 @@ class AlgorithmConfig:
         require(0 < self.clip_low < 1, f"algorithm.clip_low={self.clip_low}: must lie between 0 and 1")
         require(self.clip_high > 0, f"algorithm.clip_high={self.clip_high}: must be above 0")
         at_least("algorithm.kl_coef", self.kl_coef, 0)
+        at_least("algorithm.entropy_coef", self.entropy_coef, 0)
         at_least("algorithm.std_floor", self.std_floor, 0)
         at_least("algorithm.num_iterations", self.num_iterations, 1)
         if self.tis_cap is not None:

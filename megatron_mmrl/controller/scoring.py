@@ -31,7 +31,7 @@ class Scorer:
         """The groups with their scores, in the given order, on every rank."""
         ranks = self._exchange.world_size
         mine = self._pool.score(groups[self._exchange.rank :: ranks])
-        shares = self._exchange.all_gather([group.scores for group in mine])
+        shares = self._exchange.all_gather([group.scores or () for group in mine])
         return [group.with_scores(shares[index % ranks][index // ranks]) for index, group in enumerate(groups)]
 
     def counters(self) -> dict[str, float]:

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +57,6 @@ class Processor:
         self.merge_size = self.images.merge_size
         self.end_token_id: int = self._tokenizer.eos_token_id
         self.pad_token_id: int = self._tokenizer.pad_token_id
-        self.pad_token_id: int = self._tokenizer.pad_token_id
         special = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
         self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
 
@@ -92,9 +92,10 @@ class Processor:
 
     def decode(self, ids: Sequence[int] | NDArray[np.int64]) -> str:
         """Text without special tokens; visible tags such as ``<think>`` stay."""
-        return self._tokenizer.decode(
+        text = self._tokenizer.decode(
             [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+        return cast("str", text)  # one sequence: not a list of texts
 
     def encode_text(self, text: str) -> NDArray[np.int64]:
         """An assistant's turn as token ids, [R], the end-of-turn token last: the target of supervised training.
@@ -149,7 +150,7 @@ class Processor:
                 raise BadPromptError(
                     prompt.id, f"the {message.role} turn holds the special token {found.group()} as literal text"
                 )
-        chat = [{"role": message.role, "content": _parts(message.text)} for message in messages]
+        chat: list[dict[str, Any]] = [{"role": message.role, "content": _parts(message.text)} for message in messages]
         text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         return np.array(self._tokenizer(text)["input_ids"], dtype=np.int64)
 

@@ -68,7 +68,7 @@ def _parse(answer: str) -> list[Basic | MatrixBase | str]:
     if _TWO_NUMBERS.search(answer):
         return []
     whole = answer if _DELIMITED.search(answer) or _WORD.search(answer) else f"${answer}$"
-    return [found for found in parse(whole, parsing_timeout=None) if not isinstance(found, str)]  # type: ignore[arg-type]  # None: no limit
+    return [found for found in parse(whole, parsing_timeout=None) if not isinstance(found, str)]
 
 
 def _same_mathematics(gold: list[Basic | MatrixBase | str], answer: list[Basic | MatrixBase | str]) -> bool:

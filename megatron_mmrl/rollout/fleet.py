@@ -1,4 +1,4 @@
-"""All engines as every rank sees them: leaders talk to theirs, and what they got is exchanged. Every call is collective."""
+"""All engines as every rank sees them: leaders talk to theirs, and all learn what came of it."""
 
 from __future__ import annotations
 
@@ -65,9 +65,7 @@ class EngineFleet:
         outcomes = self._exchange.all_gather((error, own))
         _raise_first([failure for failure, _ in outcomes])
         responses = [group for _, part in outcomes for group in part]
-        return [
-            Group(prompt=prompt, responses=group) for prompt, group in zip(prompts, responses, strict=True)
-        ]
+        return [Group(prompt=prompt, responses=group) for prompt, group in zip(prompts, responses, strict=True)]
 
     def update_weights(self, named: Callable[[], Iterator[NamedTensor]], version: int) -> None:
         """Give every engine the tensors that ``named()`` yields; making them is collective, so all ranks iterate.

@@ -1,4 +1,4 @@
-"""Blocking and concurrent JSON requests to one engine, each with a time limit, given up as soon as the engine is dead."""
+"""JSON requests to one engine, many at a time, each with a time limit; given up when the engine is dead."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import asyncio
 import concurrent.futures
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import aiohttp
 
 from megatron_mmrl.rollout.engine import EngineError
 from megatron_mmrl.rollout.server_args import Endpoint
 
+T = TypeVar("T")
 Json = Mapping[str, object]
 _POLL_S = 0.2
 _MAX_CONNECTIONS = 256
@@ -27,6 +28,10 @@ class EngineServer(Protocol):
 
     @property
     def endpoint(self) -> Endpoint: ...
+
+    def wait_until_ready(self) -> None:
+        """Return when the server answers. Raises EngineError when it has ended or takes too long."""
+        ...
 
     def check_alive(self) -> None:
         """Raise EngineError when the server's process has ended."""
@@ -71,7 +76,7 @@ class EngineHttp:
     def close(self) -> None:
         """Close the connections and end the thread; safe to call twice."""
         if self._thread.is_alive():
-            self._wait(self._session.close())
+            asyncio.run_coroutine_threadsafe(self._session.close(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
@@ -80,6 +85,7 @@ class EngineHttp:
         return aiohttp.ClientSession(
             self._server.endpoint.url,
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
+            timeout=aiohttp.ClientTimeout(total=None),  # the limit of a request is ours
             trust_env=False,  # never through an HTTP proxy
         )
 
@@ -97,9 +103,12 @@ class EngineHttp:
         headers = {"Authorization": f"Bearer {keys.admin_key if call.admin else keys.api_key}"}
         method = "GET" if call.body is None else "POST"
         try:
-            async with slots, asyncio.timeout(self._timeout_s):
-                async with self._session.request(method, call.path, json=call.body, headers=headers) as answer:
-                    content = await answer.read()
+            async with (
+                slots,
+                asyncio.timeout(self._timeout_s),
+                self._session.request(method, call.path, json=call.body, headers=headers) as answer,
+            ):
+                content = await answer.read()
         except TimeoutError:
             raise EngineError(
                 f"{call.what}: no answer from {keys.url}{call.path} within request_timeout_s={self._timeout_s}"
@@ -120,7 +129,7 @@ class EngineHttp:
                 raise EngineError(f"{what}: {error}") from None
             await asyncio.sleep(_POLL_S)
 
-    def _wait(self, coroutine):
+    def _wait(self, coroutine: Coroutine[None, None, T]) -> T:
         """Run on the loop's thread and wait, looking whether the engine still lives."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:

@@ -42,8 +42,8 @@ def serve(settings: LaunchSettings) -> None:
     """Start SGLang with ``settings`` in this process and its children; blocks.
 
     Raises:
-        RuntimeError: SGLang did not pick up our hooks, so banned tokens could be sampled; or the machine's matrix
-            products cannot be made independent of the batch, which deterministic sampling needs.
+        RuntimeError: SGLang did not pick up our hooks; or deterministic sampling is asked for and this machine's
+            matrix products depend on the batch.
     """
     from sglang.srt.entrypoints.http_server import launch_server
     from sglang.srt.plugins import load_plugins
@@ -55,11 +55,13 @@ def serve(settings: LaunchSettings) -> None:
     if settings.deterministic and settings.server_args["device"] == "cpu":
         require_independent_rows(str(settings.server_args["dtype"]))
     load_plugins()
-    if not sglang_hooks.hooks_in_place(deterministic=settings.deterministic):
+    if not sglang_hooks.installed():
         raise RuntimeError(
-            "SGLang did not load the hooks of megatron_mmrl: is the package installed (pip install -e .), and does "
-            "SGLANG_PLUGINS, if set, name it?"
+            "SGLang did not find the plugin of megatron_mmrl, so banned tokens could be sampled: is the package "
+            "installed (pip install -e .), and does SGLANG_PLUGINS, if set, name it?"
         )
+    if missing := sglang_hooks.missing_hooks():
+        raise RuntimeError(f"SGLang did not take the hooks on {missing}; the log above says why")
     # Our own warm-up: SGLang's waits a whole second at a time and generates tokens that nobody needs.
     launch_server(ServerArgs(**settings.server_args), execute_warmup_func=_wait_until_listening)
 

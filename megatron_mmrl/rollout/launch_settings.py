@@ -1,4 +1,4 @@
-"""What the trainer tells an engine process: one JSON file, readable by its owner only, so that no key is ever an argument."""
+"""What the trainer tells an engine: a JSON file that only its owner can read, so that no key is an argument."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LaunchSettings:
 
 
 def write_settings(path: Path, settings: LaunchSettings) -> None:
-    """Write ``settings`` to a new file with mode 0600. Raises FileExistsError rather than trust a file that is there."""
+    """Write ``settings`` to a new file with mode 0600. Raises FileExistsError if there is one."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
         json.dump(asdict(settings), file)
@@ -35,7 +35,7 @@ def read_settings(path: Path) -> LaunchSettings:
     """Read a settings file. Raises PermissionError if anybody but its owner can read it."""
     mode = path.stat().st_mode & 0o777
     if mode & 0o077:
-        raise PermissionError(f"{path} has mode {mode:o}: it holds the engine's keys and must be readable by its owner only")
+        raise PermissionError(f"{path} has mode {mode:o}: it holds keys, so only its owner may read it (chmod 600)")
     content = json.loads(path.read_text())
     return LaunchSettings(
         server_args=content["server_args"],

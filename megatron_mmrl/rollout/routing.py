@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 
 def leader_ranks(num_engines: int, world_size: int) -> tuple[int, ...]:
     """The rank that starts and talks to each engine: the first of each of ``num_engines`` equal runs of ranks.
@@ -18,4 +20,4 @@ def shares(num_prompts: int, num_engines: int) -> tuple[slice, ...]:
     """A contiguous share of ``num_prompts`` for each engine; lengths differ by one at most, longer ones first."""
     base, extra = divmod(num_prompts, num_engines)
     starts = [engine * base + min(engine, extra) for engine in range(num_engines + 1)]
-    return tuple(slice(start, stop) for start, stop in zip(starts, starts[1:], strict=False))
+    return tuple(slice(start, stop) for start, stop in itertools.pairwise(starts))

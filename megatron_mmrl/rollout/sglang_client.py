@@ -1,4 +1,4 @@
-"""A rollout engine behind HTTP: prompts in, sampled tokens with log-probs out, weights in. Trusts nothing it is told."""
+"""A rollout engine behind HTTP: prompts in, tokens with log-probs out, weights in. Checks what it is told."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 Decode = Callable[[NDArray[np.int64]], str]
+ScoredToken = tuple[float, int, None]  # log-prob, token id, text (not asked for)
 _FINISHES: Mapping[str, Finish] = {"stop": "stop", "length": "length"}
 
 
@@ -66,16 +67,15 @@ class SGLangEngine:
             raise EngineError("the engine has no weights yet: call update_weights before generate")
         calls = [self._generate_call(prompt, sampling, seed, step) for prompt in prompts]
         answers = self._http.call_all(calls)
-        return [
-            self._responses(prompt, answer, sampling) for prompt, answer in zip(prompts, answers, strict=True)
-        ]
+        return [self._responses(prompt, answer, sampling) for prompt, answer in zip(prompts, answers, strict=True)]
 
     def update_weights(self, buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], version: int) -> None:
-        """See ``RolloutEngine``. Nothing may be generating: it would be aborted.
+        """See ``RolloutEngine``. The first call waits for the server. Nothing may be generating: it would be aborted.
 
         Raises:
-            EngineError: the engine refused a bucket, could not flush, or reports another version afterwards.
+            EngineError: the server did not start, refused a bucket, could not flush, or reports another version afterwards.
         """
+        self._server.wait_until_ready()
         what = f"updating to version {version}"
         self._version = None
         self._admin(what, "/pause_generation", {"mode": "abort"})
@@ -112,8 +112,10 @@ class SGLangEngine:
 
     def close(self) -> None:
         """End every process of the engine; safe to call twice."""
-        self._http.close()
-        self._server.stop()
+        try:
+            self._http.close()
+        finally:
+            self._server.stop()
 
     def _admin(self, what: str, path: str, body: Json) -> object:
         return self._http.call(Call(what=what, path=path, body=body, admin=True))
@@ -156,28 +158,21 @@ class SGLangEngine:
 
     def _response(self, prompt: EncodedPrompt, sample: Json) -> Response:
         name = f"prompt {prompt.prompt.id}"
-        _check_prompt_ids(name, prompt.ids, np.array(sample["prompt_token_ids"], dtype=np.int64))
-        meta = cast("Json", sample["meta_info"])
-        ids = cast("list[int]", sample["output_ids"])
-        scored = cast("list[tuple[float, int, None]]", meta["output_token_logprobs"])
-        logprobs = [entry[0] for entry in scored]
-        if [entry[1] for entry in scored] != ids:
-            raise EngineError(f"{name}: log-probs for tokens {[entry[1] for entry in scored]}, but tokens {ids}")
-        if not all(math.isfinite(value) for value in logprobs):
-            raise EngineError(f"{name}: log-probs {logprobs} are not all finite")
-        if found := self._banned.intersection(ids):
-            raise EngineError(f"{name}: the engine sampled the banned tokens {sorted(found)}")
-        if meta["weight_version"] != str(self._version):
-            raise EngineError(
-                f"{name}: sampled by weights of version {meta['weight_version']!r} instead of {self._version}"
-            )
-        reason = cast("Json", meta["finish_reason"])
+        _check_prompt_ids(name, prompt.ids, np.array(_field(name, sample, "prompt_token_ids"), dtype=np.int64))
+        meta = cast("Json", _field(name, sample, "meta_info"))
+        reason = cast("Json", _field(name, meta, "finish_reason"))
         if reason["type"] not in _FINISHES:
             raise EngineError(f"{name}: the engine gave up: {reason}")
+        version = _field(name, meta, "weight_version")
+        if version != str(self._version):
+            raise EngineError(f"{name}: sampled by weights of version {version!r} instead of {self._version}")
+        ids = cast("list[int]", _field(name, sample, "output_ids"))
+        if found := self._banned.intersection(ids):
+            raise EngineError(f"{name}: the engine sampled the banned tokens {sorted(found)}")
         tokens = np.array(ids, dtype=np.int64)
         return Response(
             ids=tokens,
-            logprobs=np.array(logprobs, dtype=np.float32),
+            logprobs=_logprobs(name, ids, cast("list[ScoredToken]", _field(name, meta, "output_token_logprobs"))),
             finish=_FINISHES[cast("str", reason["type"])],
             policy_version=cast("int", self._version),
             text=self._decode(tokens),
@@ -187,11 +182,7 @@ class SGLangEngine:
 def start_engine(
     config: RolloutConfig, model: EngineModel, *, banned_token_ids: Sequence[int], decode: Decode, log_path: Path
 ) -> SGLangEngine:
-    """Start a server (from the main thread) and connect to it. It needs ``update_weights`` before it generates.
-
-    Raises:
-        EngineError: the server ended, or did not answer within ``rollout.startup_timeout_s``.
-    """
+    """Start a server, from the main thread. It needs ``update_weights``, which waits for it, before it generates."""
     server = start_server(config, model, banned_token_ids=banned_token_ids, log_path=log_path)
     return SGLangEngine(
         server,
@@ -200,6 +191,22 @@ def start_engine(
         decode=decode,
         shares_device=model.device == "cuda",
     )
+
+
+def _field(name: str, answer: Json, key: str) -> object:
+    if key not in answer:
+        raise EngineError(f"{name}: the engine's answer has no {key!r}, only {sorted(answer)}")
+    return answer[key]
+
+
+def _logprobs(name: str, ids: Sequence[int], scored: Sequence[ScoredToken]) -> NDArray[np.float32]:
+    """Log-probs of ``ids``, [R]. Raises EngineError unless there is a finite one for each."""
+    if [token for _, token, _ in scored] != list(ids):
+        raise EngineError(f"{name}: sampled {ids} but got log-probs for {[token for _, token, _ in scored]}")
+    values = [value for value, _, _ in scored]
+    if not all(math.isfinite(value) for value in values):
+        raise EngineError(f"{name}: log-probs {values} are not all finite")
+    return np.array(values, dtype=np.float32)
 
 
 def _check_prompt_ids(name: str, ours: NDArray[np.int64], theirs: NDArray[np.int64]) -> None:

@@ -1,4 +1,4 @@
-"""Our hooks on SGLang's sampler: tokens that cannot be drawn, and draws that depend on a seed and nothing else.
+"""Our hooks on SGLang: tokens that cannot be drawn, draws that depend on a seed and nothing else, less waiting on CPUs.
 
 Imported inside SGLang's processes only. Written against SGLang 0.5.20, through its public hook registry.
 """
@@ -6,6 +6,7 @@ Imported inside SGLang's processes only. Written against SGLang 0.5.20, through 
 from __future__ import annotations
 
 import multiprocessing
+import pkgutil
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -23,12 +24,15 @@ if TYPE_CHECKING:
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
     from sglang.srt.server_args import ServerArgs
 
-_PREPROCESS = "sglang.srt.layers.sampler.Sampler._preprocess_logits"
+_PREPROCESS_LOGITS = "sglang.srt.layers.sampler.Sampler._preprocess_logits"
 _DRAW = "sglang.srt.layers.sampler.multinomial_with_seed"
-_BATCH_INVARIANT = "sglang.srt.batch_invariant_ops.enable_batch_invariant_mode"
-_ATTENTION = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+_BATCH_INVARIANT_MODE = "sglang.srt.batch_invariant_ops.enable_batch_invariant_mode"
 _IMAGE_FEATURES = "sglang.srt.models.qwen2_5_vl.Qwen2_5_VLForConditionalGeneration.get_image_feature"
 _SEND = "sglang.srt.managers.tokenizer_manager.TokenizerManager._send_one_request"
+_ATTENTION = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+_START_METHOD = "sglang.srt.entrypoints.engine._set_envs_and_config"
+
+_installed: dict[str, Callable[..., object]] = {}
 
 
 def install_token_ban(token_ids: Sequence[int]) -> None:
@@ -40,15 +44,18 @@ def install_token_ban(token_ids: Sequence[int]) -> None:
     banned = torch.tensor(sorted(set(token_ids)), dtype=torch.int64)
 
     def ban(
-        preprocess: Callable[..., torch.Tensor], sampler: Sampler, logits: torch.Tensor, sampling_info: SamplingBatchInfo
+        preprocess: Callable[..., torch.Tensor],
+        sampler: Sampler,
+        logits: torch.Tensor,
+        sampling_info: SamplingBatchInfo,
     ) -> torch.Tensor:
         nonlocal banned
         logits = preprocess(sampler, logits, sampling_info)
         if banned.device != logits.device:
             banned = banned.to(logits.device)
-        return logits.index_fill_(1, banned[banned < logits.shape[1]], float("-inf"))
+        return logits.index_fill_(1, banned, float("-inf"))
 
-    HookRegistry.register(_PREPROCESS, ban, HookType.AROUND)
+    _install(_PREPROCESS_LOGITS, ban, HookType.AROUND)
 
 
 def install_seeded_sampling() -> None:
@@ -56,7 +63,8 @@ def install_seeded_sampling() -> None:
 
     On a GPU SGLang brings its own batch-invariant kernels and seeded draws; only the seeds of the copies are ours.
     """
-    HookRegistry.register(_SEND, _send_and_advance_seed, HookType.AROUND)
+    _install(_SEND, _send_and_advance_seed, HookType.AROUND)
+    _install(_IMAGE_FEATURES, _encode_one_by_one, HookType.AROUND)
     if torch.cuda.is_available():
         return
     from sglang.srt.server_args import (
@@ -66,20 +74,42 @@ def install_seeded_sampling() -> None:
 
     add_deterministic_attention_backend_choices(["torch_native"])
     add_radix_supported_deterministic_attention_backend_choices(["torch_native"])
-    HookRegistry.register(_DRAW, draw_tokens, HookType.REPLACE)
-    HookRegistry.register(_BATCH_INVARIANT, _rely_on_strict_matmul, HookType.REPLACE)
-    HookRegistry.register(_IMAGE_FEATURES, _encode_one_by_one, HookType.AROUND)
+    _install(_DRAW, draw_tokens, HookType.REPLACE)
+    _install(_BATCH_INVARIANT_MODE, _rely_on_strict_products, HookType.REPLACE)
 
 
-def hooks_in_place(*, deterministic: bool) -> bool:
-    """Whether SGLang's sampler really goes through the hooks (call after ``load_plugins``)."""
-    from sglang.srt.layers.sampler import Sampler
-    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+def install_batched_attention(*, deterministic: bool) -> None:
+    """Replace SGLang's CPU attention backend by ours (no effect where another backend is used)."""
+    from megatron_mmrl.rollout.sglang_attention import BatchedAttention, BatchedDecodeAttention
 
-    hooked = [Sampler._preprocess_logits]
-    if deterministic:
-        hooked.append(TokenizerManager._send_one_request)
-    return all(hasattr(function, "__wrapped__") for function in hooked)
+    _install(_ATTENTION, BatchedDecodeAttention if deterministic else BatchedAttention, HookType.REPLACE)
+
+
+def install_fork_start() -> None:
+    """Fork SGLang's workers off the launcher instead of spawning them: each would import SGLang again, 8 s of CPU.
+
+    Only where there is no CUDA, whose state does not survive a fork. At that point the launcher has one thread.
+    """
+    _install(_START_METHOD, _start_by_fork, HookType.AFTER)
+
+
+def installed() -> bool:
+    """Whether SGLang called our plugin at all."""
+    return bool(_installed)
+
+
+def missing_hooks() -> list[str]:
+    """Hooks that were asked for and did not take (call after ``load_plugins``): SGLang only logs such a failure."""
+    return [target for target, hook in _installed.items() if not _in_effect(pkgutil.resolve_name(target), hook)]
+
+
+def _install(target: str, hook: Callable[..., object], kind: HookType) -> None:
+    HookRegistry.register(target, hook, kind)
+    _installed[target] = hook
+
+
+def _in_effect(found: object, hook: Callable[..., object]) -> bool:
+    return found is hook if isinstance(hook, type) else hasattr(found, "__wrapped__")
 
 
 async def _send_and_advance_seed(
@@ -101,23 +131,8 @@ def _encode_one_by_one(
     return torch.cat([encode(model, [item]) for item in items])
 
 
-def _rely_on_strict_matmul() -> None:
-    """Stands in for SGLang's Triton kernels: on a CPU, MKL's strict mode (see the launcher) makes rows independent."""
-
-
-def install_batched_attention(*, deterministic: bool) -> None:
-    """Replace SGLang's CPU attention backend by ours (no effect where another backend is used)."""
-    from megatron_mmrl.rollout.sglang_attention import BatchedAttention, BatchedDecodeAttention
-
-    HookRegistry.register(_ATTENTION, BatchedDecodeAttention if deterministic else BatchedAttention, HookType.REPLACE)
-
-
-def install_fork_start() -> None:
-    """Fork SGLang's workers off the launcher instead of spawning them: each would import SGLang again, 8 s of CPU.
-
-    Only where there is no CUDA, whose state does not survive a fork. At that point the launcher has one thread.
-    """
-    HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", _start_by_fork, HookType.AFTER)
+def _rely_on_strict_products() -> None:
+    """Stands in for SGLang's Triton kernels: on a CPU, MKL's strict mode (set at launch) makes rows independent."""
 
 
 def _start_by_fork(_: None, server_args: ServerArgs) -> None:

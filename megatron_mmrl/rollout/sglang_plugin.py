@@ -20,7 +20,7 @@ def cpu_platform() -> str | None:
 
 
 def register() -> None:
-    """Entry point ``sglang.srt.plugins``: the token ban, seeded sampling where asked for; nothing outside our engines."""
+    """Entry point ``sglang.srt.plugins``: install our hooks. Does nothing outside our engines."""
     settings = inherited_settings()
     if settings is None:
         return

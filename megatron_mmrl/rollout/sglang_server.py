@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import secrets
@@ -14,7 +13,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,23 +22,53 @@ import psutil
 from megatron_mmrl.config.rollout import RolloutConfig
 from megatron_mmrl.rollout.engine import EngineError
 from megatron_mmrl.rollout.launch_settings import LaunchSettings, write_settings
-from megatron_mmrl.rollout.server_args import EngineModel, Endpoint, environment, server_args
+from megatron_mmrl.rollout.server_args import Endpoint, EngineModel, environment, server_args
 
 _TAIL_LINES = 30
 _KILL_S = 10.0
+_PROBE_S = 2.0
+_SETTINGS = "settings.json"
 
 
 class ServerProcess:
-    """A running server: a launcher and its workers, one process group of their own."""
+    """A server's processes: a launcher and its workers, one process group of their own."""
 
-    def __init__(self, process: subprocess.Popen[bytes], endpoint: Endpoint, log_path: Path, scratch_dir: Path) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        endpoint: Endpoint,
+        *,
+        log_path: Path,
+        scratch_dir: Path,
+        startup_timeout_s: float,
+    ) -> None:
         self.endpoint = endpoint
         self._process, self._log_path, self._scratch_dir = process, log_path, scratch_dir
+        self._startup_timeout_s, self._deadline = startup_timeout_s, time.monotonic() + startup_timeout_s
+        self._ready = False
 
     @property
     def pid(self) -> int:
         """The launcher's process id, which is also the id of the group of all processes of the engine."""
         return self._process.pid
+
+    def wait_until_ready(self) -> None:
+        """Return when the server answers; at once if it did before.
+
+        Raises:
+            EngineError: the server ended, or did not answer in time; with the end of its log.
+        """
+        while not self._ready:
+            self.check_alive()
+            self._ready = self._answers()
+            if not self._ready and time.monotonic() > self._deadline:
+                raise EngineError(
+                    f"the engine did not answer within startup_timeout_s={self._startup_timeout_s}; {self._log_tail()}"
+                )
+            if self._ready:
+                self._tidy_up_start()
+            else:
+                time.sleep(0.1)
 
     def check_alive(self) -> None:
         """Raise EngineError, with the end of the log, when the server has ended."""
@@ -61,8 +89,20 @@ class ServerProcess:
         for path in Path("/dev/shm").glob(f"sgl_shm_*_{self.pid}_*"):  # images on their way to the scheduler
             path.unlink(missing_ok=True)
 
-    def drop_shared_names(self) -> None:
-        """Take the names off the shared files that SGLang would leave behind when it is killed; its mappings stay."""
+    def _answers(self) -> bool:
+        request = urllib.request.Request(
+            f"{self.endpoint.url}/model_info", headers={"Authorization": f"Bearer {self.endpoint.api_key}"}
+        )
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through an HTTP proxy
+        try:
+            opener.open(request, timeout=_PROBE_S).close()
+        except OSError:  # nobody listens yet, or not in time: URLError and TimeoutError are OSErrors
+            return False
+        return True
+
+    def _tidy_up_start(self) -> None:
+        """Remove the file with the keys, and the names of shared files that SGLang leaves behind when it is killed."""
+        (self._scratch_dir / _SETTINGS).unlink()
         for process in [self.pid, *(child.pid for child in psutil.Process(self.pid).children(recursive=True))]:
             mapped = Path(f"/proc/{process}/maps").read_text()
             for name in set(re.findall(r"/dev/shm/sgl\S+", mapped)):
@@ -84,7 +124,7 @@ class ServerProcess:
 def start_server(
     config: RolloutConfig, model: EngineModel, *, banned_token_ids: Sequence[int], log_path: Path
 ) -> ServerProcess:
-    """Start a server on a free loopback port, with random keys, and return when it answers.
+    """Start a server on a free loopback port, with random keys. Does not wait for it: ``wait_until_ready`` does.
 
     To be called from the main thread: the kernel ends the server when the *thread* that started it ends.
 
@@ -95,55 +135,36 @@ def start_server(
         log_path: the server's output is appended here.
 
     Raises:
-        EngineError: the server ended, or did not answer within ``startup_timeout_s``; with the end of its log.
+        RuntimeError: called from another thread.
     """
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("an engine must be started from the main thread: it ends with the thread that started it")
     endpoint = Endpoint(port=_free_port(), api_key=secrets.token_hex(16), admin_key=secrets.token_hex(16))
     scratch_dir = Path(tempfile.mkdtemp(prefix="mmrl-engine-"))
-    settings_path = scratch_dir / "settings.json"
     settings = LaunchSettings(
         server_args=server_args(config, model, endpoint),
         banned_token_ids=tuple(banned_token_ids),
         deterministic=config.deterministic,
         parent_pid=os.getpid(),
     )
-    write_settings(settings_path, settings)
+    write_settings(scratch_dir / _SETTINGS, settings)
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_mmrl.rollout.launch_server", "--settings", str(settings_path)],
+            [sys.executable, "-m", "megatron_mmrl.rollout.launch_server", "--settings", str(scratch_dir / _SETTINGS)],
             env=environment(os.environ, config, model, scratch_dir),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    server = ServerProcess(process, endpoint, log_path, scratch_dir)
-    try:
-        _wait_until_ready(server, config.startup_timeout_s)
-    except BaseException:
-        server.stop()
-        raise
-    settings_path.unlink()
-    server.drop_shared_names()
-    return server
-
-
-def _wait_until_ready(server: ServerProcess, timeout_s: float) -> None:
-    request = urllib.request.Request(
-        f"{server.endpoint.url}/model_info", headers={"Authorization": f"Bearer {server.endpoint.api_key}"}
+    return ServerProcess(
+        process,
+        endpoint,
+        log_path=log_path,
+        scratch_dir=scratch_dir,
+        startup_timeout_s=config.startup_timeout_s,
     )
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through an HTTP proxy
-    deadline = time.monotonic() + timeout_s
-    while True:
-        server.check_alive()
-        with contextlib.suppress(urllib.error.URLError, TimeoutError, ConnectionError):
-            opener.open(request, timeout=2).close()
-            return
-        if time.monotonic() > deadline:
-            raise EngineError(f"the engine did not answer within startup_timeout_s={timeout_s}; {server._log_tail()}")
-        time.sleep(0.1)
 
 
 def _free_port() -> int:

@@ -126,7 +126,7 @@ def build_microbatch(
     bounds, starts = _layout([len(sequence.ids) for sequence in chosen], num_tokens, num_rows)
 
     def spread(name: str, fill: float, dtype: type) -> NDArray:
-        out = np.full(num_tokens, fill, dtype)
+        out: NDArray = np.full(num_tokens, fill, dtype)
         for start, sequence in zip(starts, chosen, strict=True):
             out[start : start + len(sequence.ids)] = getattr(sequence, name)
         return out

@@ -75,7 +75,7 @@ class MegatronPolicy:
 
         def on_tokens(micro: MicroBatch, values: TokenValues) -> tuple[Tensor, Mapping[str, Tensor]]:
             out = loss(_loss_inputs(micro, values), batch.num_loss_tokens, batch.num_sequences)
-            return out.loss, _record(out, values)
+            return out.loss, _record(out)
 
         records = run_schedule(self.chunks, batch.microbatches, self._distribution, on_tokens, forward_only=False)
         totals = self._totals(records)
@@ -165,6 +165,7 @@ def _loss_inputs(micro: MicroBatch, values: TokenValues) -> LossInputs:
     in_sequence = count_tokens_in_sequence(micro.loss_mask, micro.cu_seqlens)
     return LossInputs(
         logprobs=values.logprobs,
+        entropy=values.entropy,
         loss_mask=torch.ones_like(values.logprobs, dtype=torch.bool),
         advantages=pick(micro.advantages),
         rollout_logprobs=pick(micro.rollout_logprobs),
@@ -174,9 +175,9 @@ def _loss_inputs(micro: MicroBatch, values: TokenValues) -> LossInputs:
     )
 
 
-def _record(out: LossOutput, values: TokenValues) -> dict[str, Tensor]:
+def _record(out: LossOutput) -> dict[str, Tensor]:
     """What a micro-batch adds to the update's totals; ``max:`` marks what is maximised, not summed."""
-    sums = {"loss": out.loss.detach(), "entropy": values.entropy.detach().double().sum(), **out.metrics}
+    sums = {"loss": out.loss.detach(), **out.metrics}
     return sums | {f"max:{name}": value for name, value in out.maxima.items()}
 
 

@@ -94,9 +94,9 @@ def test_resumed_run_is_bit_equal(work_dir: Path, golden_run: Run) -> None:
 
 
 def test_another_run_is_not_mixed_in(work_dir: Path, golden_run: Run) -> None:
-    with pytest.raises(AssertionError, match="exit code 2.*holds another run: run.seed is 0 there and 1 now"):
+    with pytest.raises(AssertionError, match=r"exit code 2.*holds another run: run.seed is 0 there and 1 now"):
         train(work_dir, "golden", ("run.resume=auto", "run.seed=1"))
-    with pytest.raises(AssertionError, match="exit code 2.*already holds a run"):
+    with pytest.raises(AssertionError, match=r"exit code 2.*already holds a run"):
         train(work_dir, "golden", ("run.resume=never",))
 
 
@@ -134,8 +134,8 @@ def test_export_answers_the_same_in_transformers(work_dir: Path, golden_run: Run
 
 @pytest.mark.parametrize("checkpoint", ["checkpoints/step_5", "hf"])
 def test_eval_command(work_dir: Path, golden_run: Run, checkpoint: str) -> None:
-    arguments = ("--checkpoint", str(golden_run.path / checkpoint), "run.output_dir=runs/eval", "run.max_eval_prompts=32")
-    output = mmrl(work_dir, "eval", *arguments)
+    settings = ("run.output_dir=runs/eval", "run.max_eval_prompts=32")
+    output = mmrl(work_dir, "eval", "--checkpoint", str(golden_run.path / checkpoint), *settings)
     result = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
     assert result["prompts"] == 32
     assert result["eval/accuracy"] == golden_run.rows[-1]["eval/accuracy"]

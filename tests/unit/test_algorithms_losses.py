@@ -307,3 +307,22 @@ def test_a_missing_input_is_named(config: AlgorithmConfig, missing: str) -> None
 def test_shapes_that_differ_are_named() -> None:
     with pytest.raises(ValueError, match=r"advantages has shape \[1\], loss_mask \[4\]"):
         policy_loss(replace(four_tokens(), advantages=torch.ones(1)), 4, 1, config=AlgorithmConfig())
+
+
+def test_entropy_bonus_by_hand() -> None:
+    """loss = mean(-A) - 0.5 mean(H): at ratio 1, A = (1, 3) and H = (0.2, 0.6), -2 - 0.5 x 0.4 = -2.2."""
+    entropy = torch.tensor([0.2, 0.6], dtype=torch.float64, requires_grad=True)
+    inputs = LossInputs(
+        logprobs=logs(0.5, 0.25).requires_grad_(),
+        advantages=torch.tensor([1.0, 3.0], dtype=torch.float64),
+        loss_mask=torch.ones(2, dtype=torch.bool),
+        entropy=entropy,
+    )
+    out = policy_loss(inputs, 2, 1, config=AlgorithmConfig(entropy_coef=0.5))
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(-2.2)
+    assert out.metrics["entropy"].item() == pytest.approx(0.8)
+    assert entropy.grad is not None
+    assert entropy.grad.tolist() == [-0.25, -0.25]  # more entropy lowers the loss
+    without = policy_loss(inputs, 2, 1, config=AlgorithmConfig())
+    assert without.loss.item() == pytest.approx(-2.0)
