@@ -73,7 +73,7 @@ class SGLangEngine:
         """See ``RolloutEngine``. The first call waits for the server. Nothing may be generating: it would be aborted.
 
         Raises:
-            EngineError: the server did not start, refused a bucket, could not flush, or reports another version afterwards.
+            EngineError: the server did not start, refused a bucket, did not flush, or reports another version after it.
         """
         self._server.wait_until_ready()
         what = f"updating to version {version}"

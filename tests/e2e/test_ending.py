@@ -1,0 +1,76 @@
+"""However a real run ends, all of its processes end in seconds, nothing listens, and the last line is the cause."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.run import SMALL, command, environment
+
+SECONDS_TO_END = 15.0
+
+
+def start(work_dir: Path, name: str) -> subprocess.Popen[str]:
+    """A run that would last for ever, once its first step is done."""
+    arguments = (f"run.output_dir=runs/{name}", *SMALL, "run.num_steps=1000", "run.save_every=0")
+    process = subprocess.Popen(
+        command("train", *arguments),
+        cwd=work_dir,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = work_dir / "runs" / name / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no step was done in time"
+        time.sleep(0.2)
+    return process
+
+
+def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def interrupt(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGINT)
+
+
+def kill_engine(process: subprocess.Popen[str]) -> None:
+    """End SGLang's scheduler, as a crash would."""
+    engine = next(child for child in descendants(process) if "launch_server" in " ".join(child.cmdline()))
+    worker = max(engine.children(recursive=True), key=lambda child: child.memory_info().rss)
+    worker.kill()
+
+
+@pytest.mark.parametrize(
+    ("end", "last_line", "code"),
+    [(interrupt, "interrupted (SIGINT)", 130), (kill_engine, "EngineError", 1)],
+    ids=["Ctrl-C", "dead engine"],
+)
+def test_everything_ends(
+    work_dir: Path, end: Callable[[subprocess.Popen[str]], None], last_line: str, code: int
+) -> None:
+    process = start(work_dir, end.__name__)
+    family = descendants(process)
+    ports = [c.laddr.port for child in family for c in child.net_connections() if c.status == psutil.CONN_LISTEN]
+    assert len(family) >= 5
+    assert ports
+    began = time.monotonic()
+    end(process)
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - began < SECONDS_TO_END
+    assert process.returncode == code
+    assert last_line in errors.strip().splitlines()[-1], errors
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+    listening = {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    assert not listening & set(ports)
