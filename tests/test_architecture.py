@@ -19,12 +19,13 @@ OTHER_SOURCES = [
     path for folder in ("tools", "examples", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 
-BASE = {"types", "config", "compat"}
+BASE = {"types", "config", "compat", "lifetime"}
 # Package (or top-level module) -> what of ours it may import besides itself. Not listed: it composes, and may all.
 MAY_IMPORT = {
     "types": set(),
     "config": set(),
     "compat": set(),
+    "lifetime": set(),
     "algorithms": BASE,
     "rewards": BASE,
     "data": BASE,

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from megatron_mmrl.cluster.process import die_with_parent
+from megatron_mmrl.lifetime import die_with_parent
 from megatron_mmrl.config import ConfigError
 
 FAILURE_DIR = "MMRL_FAILURE_DIR"

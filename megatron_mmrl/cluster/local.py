@@ -31,7 +31,7 @@ from megatron_mmrl.cluster.failure import (
     forget_failures,
     read_failures,
 )
-from megatron_mmrl.cluster.process import adopt_orphans, kill_descendants
+from megatron_mmrl.lifetime import adopt_orphans, kill_descendants
 
 GRACE_S = 5.0  # between SIGTERM and SIGKILL
 _LOOK_EVERY_S = 0.2

@@ -5,7 +5,7 @@ Slow and obviously right; what a faster path is tested against, and how checkpoi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -52,20 +52,6 @@ def export_hf(chunks: Sequence[Qwen25VL], *, scheme: NameScheme = "original") ->
                 tensor = tensor.contiguous()
                 dist.broadcast(tensor, group=pipeline, group_src=stage)
             yield to_scheme(meta.name, scheme), tensor
-
-
-def buckets(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Consecutive tensors in lists of at most ``max_bytes``; a larger tensor comes alone."""
-    bucket: list[tuple[str, Tensor]] = []
-    size = 0
-    for name, tensor in tensors:
-        if bucket and size + tensor.nbytes > max_bytes:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, tensor))
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
 
 
 def _metas_of_stages(chunks: Sequence[Qwen25VL], pipeline: dist.ProcessGroup) -> list[list[_Meta]]:

@@ -6,31 +6,29 @@ is built to be killed: it holds nothing, it dies with its parent, and memory and
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import math
 import numbers
 import os
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import IO
 
+from megatron_mmrl.lifetime import die_with_parent
 from megatron_mmrl.rewards.accuracy import accuracy, gold_is_parsable
 from megatron_mmrl.rewards.registry import GOLD_IS_PARSED, RewardFn, build_reward
 from megatron_mmrl.types import Message, Prompt
 
 MEMORY_LIMIT_BYTES = 8 << 30
 CPU_GRACE_S = 10  # the parent's limit comes first; this one counts when the parent itself stands still
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main() -> int:
     """Read the specification, say ``ready``, answer jobs. Exit code 0: the parent closed the pipe."""
-    _die_with_parent(int(sys.argv[1]))
+    die_with_parent(int(sys.argv[1]))
     requests, replies = _private_pipes()
     spec = json.loads(requests.readline())
     _set_limits()
@@ -103,13 +101,6 @@ def _private_pipes() -> tuple[IO[bytes], IO[bytes]]:
     os.close(null)
     os.dup2(2, 1)
     return requests, replies
-
-
-def _die_with_parent(parent_pid: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent_pid:  # it ended before the line above
-        sys.exit(1)
 
 
 def _set_limits() -> None:

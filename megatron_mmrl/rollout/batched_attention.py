@@ -1,4 +1,4 @@
-"""Attention of one new token per sequence over a paged KV cache, all sequences at once, in plain PyTorch.
+"""Attention of one new token per sequence over a paged KV cache, many sequences at once, in plain PyTorch.
 
 SGLang's CPU attention loops over sequences in Python, which is most of the time of decoding with a small model.
 """
@@ -6,9 +6,9 @@ SGLang's CPU attention loops over sequences in Python, which is most of the time
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-_LENGTH_STEP = 16  # one AVX-512 vector of float32: the padding then adds exact zeros and changes no rounding
+_LENGTH_STEP = 16
 _MAX_SLOTS = 1 << 16  # KV slots gathered at a time, so that long sequences do not copy the whole cache
 
 
@@ -17,11 +17,13 @@ def attend_last_tokens(
     caches: tuple[torch.Tensor, torch.Tensor],
     slots: torch.Tensor,
     lengths: torch.Tensor,
-    scale: float | None,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """Softmax attention of each sequence's last token to the whole sequence.
 
-    A row's result does not depend on the other rows, to the bit, where matrix products have that property.
+    Sequences of about the same length go together, padded to a length that depends on their own alone: how much
+    padding there is shows in the last bits. So a row has the same bits in any batch, where matrix products have
+    that property, and little is computed in vain.
 
     Args:
         query: [B, Hq, D].
@@ -34,12 +36,12 @@ def attend_last_tokens(
     Returns:
         [B, Hq, D].
     """
-    longest = -(-int(lengths.max()) // _LENGTH_STEP) * _LENGTH_STEP
+    padded = (lengths + _LENGTH_STEP - 1) // _LENGTH_STEP * _LENGTH_STEP
     output = torch.empty_like(query)
-    rows_at_once = max(1, _MAX_SLOTS // longest)
-    for rows in torch.arange(len(query)).split(rows_at_once):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        output[part] = _attend(query[part], caches, slots[part], lengths[part], longest, scale)
+    for longest in padded.unique().tolist():
+        together = (padded == longest).nonzero()[:, 0]
+        for rows in together.split(max(1, _MAX_SLOTS // longest)):
+            output[rows] = _attend(query[rows], caches, slots[rows, :longest], lengths[rows], longest, scale)
     return output
 
 
@@ -54,8 +56,7 @@ def _attend(
     batch, heads, size = query.shape
     kv_heads = caches[0].shape[1]
     present = torch.arange(longest, device=query.device) < lengths[:, None]
-    slots = torch.nn.functional.pad(slots[:, :longest], (0, max(0, longest - slots.shape[1])))
-    slots = slots.masked_fill(~present, 0).reshape(-1)
+    slots = pad(slots, (0, longest - slots.shape[1])).masked_fill(~present, 0).reshape(-1)
     keys, values = (
         cache.view(len(cache), -1).index_select(0, slots).view(batch, longest, kv_heads, size).transpose(1, 2)
         for cache in caches

@@ -76,7 +76,11 @@ def server_args(config: RolloutConfig, model: EngineModel, endpoint: Endpoint) -
         "enable_deterministic_inference": config.deterministic,
         "enable_memory_saver": not on_cpu,  # so that the KV cache can be released between steps
     }
-    return args | dict(_CPU_ARGS) if on_cpu else args
+    if on_cpu:
+        args |= _CPU_ARGS
+        if config.deterministic:
+            args["chunked_prefill_size"] = -1  # where a prompt is cut depends on what is processed beside it
+    return args
 
 
 def environment(

@@ -134,14 +134,16 @@ class SGLangEngine:
             "top_k": sampling.top_k,
             "max_new_tokens": sampling.max_new_tokens,
         }
-        if self._config.deterministic:
-            params["sampling_seed"] = prompt_seed(seed, step, prompt.prompt.id)
         body: dict[str, object] = {
             "input_ids": prompt.engine_ids.tolist(),
             "sampling_params": params,
             "return_logprob": True,
             "return_prompt_token_ids": True,
         }
+        if self._config.deterministic:
+            params["sampling_seed"] = prompt_seed(seed, step, prompt.prompt.id)
+            # No prefix from another prompt's cache: keys of a longer prompt differ in the last bits.
+            body["extra_key"] = prompt.prompt.id
         if prompt.images:
             images = [base64.b64encode(image).decode() for image in prompt.images]
             # With n > 1 SGLang takes the request for a batch of one prompt, whose images are one list in a list.
@@ -166,6 +168,11 @@ class SGLangEngine:
         version = _field(name, meta, "weight_version")
         if version != str(self._version):
             raise EngineError(f"{name}: sampled by weights of version {version!r} instead of {self._version}")
+        if self._config.deterministic and _field(name, meta, "num_retractions"):
+            raise EngineError(
+                f"{name}: the KV cache was too small and part of the response was computed twice, which is not "
+                "deterministic: raise rollout.max_total_tokens or lower rollout.max_running_requests"
+            )
         ids = cast("list[int]", _field(name, sample, "output_ids"))
         if found := self._banned.intersection(ids):
             raise EngineError(f"{name}: the engine sampled the banned tokens {sorted(found)}")

@@ -53,7 +53,14 @@ def command(subcommand: str, *arguments: str) -> list[str]:
 
 
 def mmrl(work_dir: Path, subcommand: str, *arguments: str, timeout_s: float = 280) -> str:
-    """Run a command in ``work_dir``; fails the test, with the output, unless it exits with 0."""
+    """Run a command in ``work_dir``; fails the test, with output and logs, unless it exits with 0."""
+    code, output = finished(work_dir, subcommand, *arguments, timeout_s=timeout_s)
+    assert code == 0, f"exit code {code}\n{output}\n{_logs(work_dir)}"
+    return output
+
+
+def finished(work_dir: Path, subcommand: str, *arguments: str, timeout_s: float = 280) -> tuple[int, str]:
+    """Run a command in ``work_dir``; its exit code, and what it wrote."""
     done = subprocess.run(
         command(subcommand, *arguments),
         cwd=work_dir,
@@ -63,8 +70,7 @@ def mmrl(work_dir: Path, subcommand: str, *arguments: str, timeout_s: float = 28
         timeout=timeout_s,
         check=False,
     )
-    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}\n{_logs(work_dir)}"
-    return done.stdout + done.stderr
+    return done.returncode, done.stdout + done.stderr
 
 
 def train(work_dir: Path, name: str, overrides: Sequence[str] = ()) -> Run:

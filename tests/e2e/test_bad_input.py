@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.e2e.run import mmrl, read_jsonl, train
+from tests.e2e.run import finished, read_jsonl, train
 
 ONE_RANK = ("parallel.tensor_model_parallel_size=1", "run.num_steps=2", "run.export_hf=false", "run.save_every=0")
 PLUGIN = """
@@ -48,9 +48,7 @@ def hostile_file(work_dir: Path) -> str:
     return str(path)
 
 
-def test_run_goes_on_over_bad_rows_and_a_hanging_reward(
-    work_dir: Path, hostile_file: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_goes_on_over_bad_rows_and_a_hanging_reward(work_dir: Path, hostile_file: str) -> None:
     (work_dir / "sleepy_reward.py").write_text(PLUGIN)
     run = train(
         work_dir,
@@ -67,7 +65,9 @@ def test_run_goes_on_over_bad_rows_and_a_hanging_reward(
         ),
     )
     records = read_jsonl(run.path / "quarantine.jsonl")
-    assert sorted((record["file"], record["row"]) for record in records) == [("hostile.parquet", row) for row in range(5)]
+    assert sorted((record["file"], record["row"]) for record in records) == [
+        ("hostile.parquet", row) for row in range(5)
+    ]
     assert all(record["reason"] for record in records)
     last = run.rows[-1]
     assert last["data/bad_rows"] == 5
@@ -79,14 +79,15 @@ def test_run_goes_on_over_bad_rows_and_a_hanging_reward(
 
 
 def test_too_many_bad_rows_stop_the_run_with_a_count(work_dir: Path, hostile_file: str) -> None:
-    with pytest.raises(AssertionError, match=r"of 64 rows are bad, more than the 0 that data\.max_bad_fraction=0\.0"):
-        mmrl(
-            work_dir,
-            "train",
-            "run.output_dir=runs/stopped",
-            *ONE_RANK,
-            f"data.train_files=[{hostile_file}]",
-            "data.max_bad_fraction=0",
-            "data.shuffle=false",
-        )
+    code, output = finished(
+        work_dir,
+        "train",
+        "run.output_dir=runs/stopped",
+        *ONE_RANK,
+        f"data.train_files=[{hostile_file}]",
+        "data.max_bad_fraction=0",
+        "data.shuffle=false",
+    )
+    assert code == 1
+    assert "of 64 rows are bad, more than the 0 that data.max_bad_fraction=0.0 allows" in output.splitlines()[-1]
     assert not (work_dir / "runs" / "stopped" / "hf").exists()

@@ -119,12 +119,13 @@ def test_other_prompt_ids_than_the_engine_reads_are_refused_by_name(case, engine
         engine.generate([changed], SamplingParams(max_new_tokens=2), seed=0, step=7)
 
 
-def test_a_prompt_whose_pads_and_images_disagree_ends_within_the_limit(case, engine):
+def test_a_prompt_whose_pads_and_images_disagree_is_an_error_and_not_the_end(case, engine):
     update(engine, case.weights(), 8)
     prompt = case.prompt(72)
     for wrong in (
         dataclasses.replace(prompt, engine_ids=prompt.ids),  # pads expanded already
-        dataclasses.replace(prompt, images=prompt.images * 2),
+        dataclasses.replace(prompt, images=()),
+        dataclasses.replace(prompt, images=(prompt.images[0][:200],)),  # cut off
     ):
         with pytest.raises(EngineError, match="prompt case:72"):
             engine.generate([wrong], SamplingParams(max_new_tokens=2), seed=0, step=8)
@@ -197,6 +198,8 @@ def test_an_idle_engine_takes_no_core(engine):
     assert (cpu_seconds() - before) / 3 < 0.2  # an engine that polls takes 1
 
 
-def test_weights_that_do_not_fit_are_refused(case, engine):
-    with pytest.raises(EngineError, match="updating to version 10"):
+def test_weights_that_do_not_fit_end_the_engine_with_its_log(case, engine):
+    with pytest.raises(EngineError, match=r"(?s)updating to version 10.*the end of .*engine.log"):
         engine.update_weights([[("lm_head.weight", torch.zeros(3, 5))]], 10)
+    with pytest.raises(EngineError, match="the engine ended with status"):
+        engine.check_alive()

@@ -98,7 +98,7 @@ run_rank(main)
 
 
 def test_a_rank_whose_launcher_is_gone_does_not_start() -> None:
-    code = "from megatron_mmrl.cluster.process import die_with_parent; die_with_parent(1); print('running')"
+    code = "from megatron_mmrl.lifetime import die_with_parent; die_with_parent(1); print('running')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: the process that started this one is gone\n"

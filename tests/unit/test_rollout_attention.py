@@ -34,20 +34,34 @@ def test_equals_each_sequence_alone(problem, scale):
     assert (attend_last_tokens(query, caches, slots, lengths, scale) - expected).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("longest", [50, 700])
+def test_a_row_is_the_same_in_any_company(problem, longest):
+    query, caches, _, _ = problem
+    generator = torch.Generator().manual_seed(1)
+    slots = torch.randint(0, 200, (len(query), longest), generator=generator)
+    lengths = torch.tensor([7, longest, 33, 48, 20])
+    together = attend_last_tokens(query, caches, slots, lengths)
+    for row in range(len(query)):
+        alone = attend_last_tokens(
+            query[row : row + 1], caches, slots[row : row + 1, : lengths[row]], lengths[row : row + 1]
+        )
+        assert torch.equal(together[row], alone[0])
+
+
 def test_what_is_past_a_length_is_never_read(problem):
     query, caches, slots, lengths = problem
-    expected = attend_last_tokens(query, caches, slots, lengths, None)
+    expected = attend_last_tokens(query, caches, slots, lengths)
     for i, length in enumerate(LENGTHS):
         slots[i, length:] = 199
     for cache in caches:
         cache[199] = float("nan")
     kept = [i for i, length in enumerate(LENGTHS) if 199 not in slots[i, :length]]
     assert kept
-    assert torch.equal(attend_last_tokens(query, caches, slots, lengths, None)[kept], expected[kept])
+    assert torch.equal(attend_last_tokens(query, caches, slots, lengths)[kept], expected[kept])
 
 
 def test_cutting_the_batch_changes_nothing(problem, monkeypatch):
     query, caches, slots, lengths = problem
-    expected = attend_last_tokens(query, caches, slots, lengths, None)
-    monkeypatch.setattr(batched_attention, "_MAX_SLOTS", 100)  # two rows of 48 at a time
-    assert (attend_last_tokens(query, caches, slots, lengths, None) - expected).abs().max() < 1e-6
+    expected = attend_last_tokens(query, caches, slots, lengths)
+    monkeypatch.setattr(batched_attention, "_MAX_SLOTS", 16)  # one row at a time
+    assert (attend_last_tokens(query, caches, slots, lengths) - expected).abs().max() < 1e-6

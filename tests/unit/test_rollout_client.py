@@ -28,6 +28,7 @@ SAMPLE = {
     "meta_info": {
         "finish_reason": {"type": "stop", "matched": 2},
         "weight_version": "4",
+        "num_retractions": 0,
         "output_token_logprobs": [[-0.5, 5, None], [-1.25, 6, None], [-0.125, 2, None]],
     },
 }
@@ -167,6 +168,16 @@ def test_seeds_are_sent_by_a_deterministic_engine_only(server):
     seeds = [body["sampling_params"]["sampling_seed"] for _, body, _ in server.asked]
     assert set(seeds[:2]) == set(seeds[2:4])
     assert len(set(seeds)) == 4
+
+
+def test_a_deterministic_engine_may_not_compute_a_token_twice(server):
+    client = connect(server, deterministic=True)
+    client.update_weights([], 4)
+    generate(client)
+    server.sample["meta_info"]["num_retractions"] = 1
+    with pytest.raises(EngineError, match=r"train.parquet:7: the KV cache was too small.*rollout.max_total_tokens"):
+        generate(client)
+    client.close()
 
 
 @pytest.mark.parametrize(

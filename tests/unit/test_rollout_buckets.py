@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_mmrl.reshard.reference import buckets
+from megatron_mmrl.rollout.fleet import buckets
 
 
 def test_buckets_keep_order_and_size_and_a_large_tensor_comes_alone() -> None:
