@@ -24,7 +24,10 @@ SMALL = (
     "run.evaluate_every=0",
     "run.save_every=2",
     "run.keep_checkpoints=0",
+    "trainer.mini_batch_sequences=null",
     "optim.schedule=constant",
+    "optim.warmup_updates=2",
+    "optim.lr=1e-3",
 )
 
 
