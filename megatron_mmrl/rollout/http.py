@@ -57,7 +57,7 @@ class EngineHttp:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine-http", daemon=True)
         self._thread.start()
-        self._session = self._wait(self._open_session())
+        self._session = self._wait(self._open_session(), "connecting")
 
     def call(self, call: Call) -> object:
         """The decoded answer to one request. Raises EngineError, see ``call_all``."""
@@ -70,7 +70,7 @@ class EngineHttp:
             EngineError: no answer within the time limit, an answer with an error status, or a dead engine; names the
                 request.
         """
-        return self._wait(self._run_all(calls))
+        return self._wait(self._run_all(calls), calls[0].what if calls else "asking nothing")
 
     def close(self) -> None:
         """Close the connections and end the thread; safe to call twice."""
@@ -124,13 +124,16 @@ class EngineHttp:
     async def _raise_if_dead(self, what: str) -> None:
         deadline = self._loop.time() + _REAP_S
         while self._loop.time() < deadline:
-            try:
-                self._server.check_alive()
-            except EngineError as error:
-                raise EngineError(f"{what}: {error}") from None
+            self._raise_if_ended(what)
             await asyncio.sleep(_POLL_S)
 
-    def _wait(self, coroutine: Coroutine[None, None, T]) -> T:
+    def _raise_if_ended(self, what: str) -> None:
+        try:
+            self._server.check_alive()
+        except EngineError as error:
+            raise EngineError(f"{what}: {error}") from None
+
+    def _wait(self, coroutine: Coroutine[None, None, T], what: str) -> T:
         """Run on the loop's thread and wait, looking whether the engine still lives."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
@@ -140,6 +143,6 @@ class EngineHttp:
                 except concurrent.futures.TimeoutError:
                     if future.done():
                         raise
-                    self._server.check_alive()
+                    self._raise_if_ended(what)
         finally:
             future.cancel()

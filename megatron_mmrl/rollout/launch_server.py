@@ -8,21 +8,19 @@ module as ``__mp_main__``, so what every process needs is done at its bottom, be
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
-import signal
 import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_mmrl.compat import declare_torchvision_ops
+from megatron_mmrl.lifetime import die_with_parent
 from megatron_mmrl.rollout.launch_settings import SETTINGS_VARIABLE, LaunchSettings, read_settings
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LISTEN_TIMEOUT_S = 60.0
 
 
@@ -33,8 +31,7 @@ def main() -> None:
     path: Path = parser.parse_args().settings.resolve()
     settings = read_settings(path)
     os.environ[SETTINGS_VARIABLE] = str(path)
-    if os.getppid() != settings.parent_pid:
-        raise SystemExit(f"the parent {settings.parent_pid} has ended already (now {os.getppid()})")
+    die_with_parent(settings.parent_pid)  # and not start at all when the parent has ended meanwhile
     serve(settings)
 
 
@@ -81,15 +78,8 @@ def _wait_until_listening(server_args: ServerArgs) -> bool:
     return False
 
 
-def _end_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it ends."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-
-
 if __name__ in ("__main__", "__mp_main__"):
-    _end_with_parent()
+    die_with_parent()
     declare_torchvision_ops()
 
 if __name__ == "__main__":

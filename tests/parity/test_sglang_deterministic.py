@@ -98,7 +98,7 @@ def test_an_engine_that_dies_while_it_generates_is_known_at_once(case, engine):
     sampling = SamplingParams(num_samples=8, max_new_tokens=2000)
     threading.Timer(0.5, engine._server._kill_group).start()
     begin = time.monotonic()
-    with pytest.raises(EngineError, match=r"(?s)ended with status -9; the end of .*engine.log"):
+    with pytest.raises(EngineError, match=r"(?s)prompt case:.*ended with status -9; the end of .*engine.log"):
         by_prompt(case, engine, case.prompts(12), sampling=sampling)
     assert time.monotonic() - begin < 20  # of the 120 s that a request may take
     with pytest.raises(EngineError, match="ended with status"):

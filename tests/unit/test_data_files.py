@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from data_rows import row, write
+from tests.unit.data_rows import row, write
 
 from megatron_mmrl.config.data import DataConfig
 from megatron_mmrl.data.dataset import PromptDataset

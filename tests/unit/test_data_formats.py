@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from data_rows import row
+from tests.unit.data_rows import row
 
 from megatron_mmrl.data.errors import BadRowError
 from megatron_mmrl.data.formats import FORMATS, read_verl

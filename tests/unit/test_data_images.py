@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_rows import bomb, encoded, picture
+from tests.unit.data_rows import bomb, encoded, picture
 from PIL import Image
 
 from megatron_mmrl.data.errors import BadImageError, BadRowError

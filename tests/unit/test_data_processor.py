@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_rows import bomb, encoded, picture
+from tests.unit.data_rows import bomb, encoded, picture
 from PIL import Image
 
 from megatron_mmrl.config.data import DataConfig

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
-from data_rows import bomb, encoded, picture, row, write
+from tests.unit.data_rows import bomb, encoded, picture, row, write
 
 from megatron_mmrl.config.data import DataConfig
 from megatron_mmrl.data.errors import TooManyBadRowsError

@@ -309,7 +309,7 @@ def test_a_dead_engine_ends_the_waiting():
     client = connect(silent, request_timeout_s=60)
     threading.Timer(0.2, lambda: setattr(silent, "dead", True)).start()
     start = time.monotonic()
-    with pytest.raises(EngineError, match="ended with status -9"):
+    with pytest.raises(EngineError, match="updating to version 1: the engine ended with status -9"):
         client.update_weights([], 1)
     assert time.monotonic() - start < 10
     client.close()
