@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from megatron_mmrl.lifetime import die_with_parent
 from megatron_mmrl.config import ConfigError
+from megatron_mmrl.lifetime import die_with_parent
 
 FAILURE_DIR = "MMRL_FAILURE_DIR"
 LAUNCHER_PID = "MMRL_LAUNCHER_PID"

@@ -7,7 +7,6 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from tests.unit.data_rows import row, write
 
 from megatron_mmrl.config.data import DataConfig
 from megatron_mmrl.data.dataset import PromptDataset
@@ -15,6 +14,7 @@ from megatron_mmrl.data.errors import TooManyBadRowsError
 from megatron_mmrl.data.parquet import ParquetRows
 from megatron_mmrl.data.quarantine import Quarantine
 from megatron_mmrl.data.stream import PromptStream
+from tests.unit.data_rows import row, write
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.unit.data_rows import row
 
 from megatron_mmrl.data.errors import BadRowError
 from megatron_mmrl.data.formats import FORMATS, read_verl
 from megatron_mmrl.types import Message, Prompt
+from tests.unit.data_rows import row
 
 
 def read(value: dict[str, Any]) -> Prompt:

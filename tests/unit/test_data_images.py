@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.unit.data_rows import bomb, encoded, picture
 from PIL import Image
 
 from megatron_mmrl.data.errors import BadImageError, BadRowError
 from megatron_mmrl.data.images import content_hash, open_image, read_image, to_png
+from tests.unit.data_rows import bomb, encoded, picture
 
 LIMIT = 10_000
 

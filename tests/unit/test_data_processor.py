@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.unit.data_rows import bomb, encoded, picture
 from PIL import Image
 
 from megatron_mmrl.config.data import DataConfig
@@ -19,6 +18,7 @@ from megatron_mmrl.data.lru import LruBytes
 from megatron_mmrl.data.processor import Processor, check_image_tokens
 from megatron_mmrl.models.tiny import make_tiny_checkpoint
 from megatron_mmrl.types import Message, Prompt
+from tests.unit.data_rows import bomb, encoded, picture
 
 CONFIG = DataConfig(min_pixels=56 * 56, max_pixels=168 * 168, max_decoded_pixels=1_000_000, max_prompt_tokens=400)
 SIZES = [(56, 56), (300, 200), (20, 30), (500, 33), (168, 168)]

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
-from tests.unit.data_rows import bomb, encoded, picture, row, write
 
 from megatron_mmrl.config.data import DataConfig
 from megatron_mmrl.data.errors import TooManyBadRowsError
@@ -19,6 +18,7 @@ from megatron_mmrl.data.processor import Processor
 from megatron_mmrl.data.source import PromptSource, prompt_source
 from megatron_mmrl.models.tiny import make_tiny_checkpoint
 from megatron_mmrl.types import EncodedPrompt, Prompt
+from tests.unit.data_rows import bomb, encoded, picture, row, write
 
 T = TypeVar("T")
 BAD = {
