@@ -83,6 +83,8 @@ class Session:
             writes=self._machine.exchange.rank == 0,
         )
         parts = self._parts(log, done)
+        if done:
+            log.note(f"continuing after step {done} of {self._num_steps}")
         if done == 0:
             self._warm_up(parts)
         if self._config.algorithm.kl_coef > 0:

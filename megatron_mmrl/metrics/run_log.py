@@ -12,7 +12,7 @@ from megatron_mmrl.config.run import RunConfig
 from megatron_mmrl.metrics.curve import plot_curve
 from megatron_mmrl.metrics.progress import Progress
 from megatron_mmrl.metrics.timers import Timers
-from megatron_mmrl.metrics.writer import JsonlWriter, MetricsWriter
+from megatron_mmrl.metrics.writer import JsonlWriter, MetricsWriter, read_rows
 from megatron_mmrl.types import Group
 
 
@@ -66,14 +66,27 @@ class RunLog:
             for group in groups:
                 _write_group(file, group)
 
+    def note(self, text: str) -> None:
+        """Say something to whoever watches."""
+        if self._writes:
+            self._progress.note(text)
+
     def close(self) -> None:
-        """Finish the files and draw ``curve.png``."""
+        """Finish the files, draw ``curve.png`` and say what came of the run."""
         if not self._writes:
             return
         self._progress.close()
         self._metrics.close()
-        if (self._dir / "metrics.jsonl").stat().st_size:
-            plot_curve(self._dir / "metrics.jsonl", self._dir / "curve.png")
+        path = self._dir / "metrics.jsonl"
+        if path.stat().st_size:
+            plot_curve(path, self._dir / "curve.png")
+        print(_summary(read_rows(path), self._dir), flush=True)
+
+
+def _summary(rows: Sequence[Mapping[str, float]], directory: Path) -> str:
+    scores = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
+    result = f"held-out accuracy {scores[0]:.3f} -> {scores[-1]:.3f}; " if scores else ""
+    return f"{result}everything is in {directory}/ (curve.png, metrics.jsonl, completions/, checkpoints/)"
 
 
 def _write_group(file: IO[str], group: Group) -> None:

@@ -103,12 +103,11 @@ def _rank_main(
 
 
 def _wait(processes: list[BaseProcess], out: Path, deadline: float) -> None:
-    while any(process.is_alive() for process in processes):
+    while alive := [rank for rank, process in enumerate(processes) if process.is_alive()]:
         _raise_failures(processes, out)
         if time.monotonic() > deadline:
-            alive = [rank for rank, process in enumerate(processes) if process.is_alive()]
             raise RankFailedError(f"ranks {alive} did not finish in time")
-        next(process for process in processes if process.is_alive()).join(0.05)
+        processes[alive[0]].join(0.05)
     _raise_failures(processes, out)
 
 
