@@ -63,7 +63,7 @@ def server_args(config: RolloutConfig, model: EngineModel, endpoint: Endpoint) -
         "device": model.device,
         "dtype": model.dtype,
         "tp_size": config.tensor_parallel_size,
-        "base_gpu_id": model.first_device,
+        "base_gpu_id": 0 if on_cpu else model.first_device,  # on a CPU SGLang reads it as a NUMA node
         "random_seed": model.seed,
         "max_total_tokens": _CPU_KV_TOKENS if on_cpu and config.max_total_tokens is None else config.max_total_tokens,
         "mem_fraction_static": config.mem_fraction_static,

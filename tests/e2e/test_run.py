@@ -55,8 +55,9 @@ def test_what_a_run_leaves(golden_run: Run) -> None:
         pytest.param(("parallel.pipeline_model_parallel_size=2",), id="TP2xPP2"),
         pytest.param(
             ("parallel.tensor_model_parallel_size=1", "parallel.data_parallel_size=2",
-             "trainer.mini_batch_sequences=16", "algorithm.kl_coef=0.01", "trainer.packing=false"),
-            id="DP2-minibatches-KL-padded",
+             "trainer.mini_batch_sequences=16", "algorithm.kl_coef=0.01", "trainer.packing=false",
+             "rollout.num_engines=2"),
+            id="DP2-engines2-minibatches-KL-padded",
         ),
     ],
 )  # fmt: skip

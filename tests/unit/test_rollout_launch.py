@@ -101,3 +101,7 @@ def test_products_that_depend_on_the_batch_are_found(monkeypatch):
     assert rows_are_independent("float32")
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight: exact(x, weight) * (1 + 1e-7 * (len(x) == 1)))
     assert not rows_are_independent("float32")
+
+
+def test_a_second_engine_on_a_cpu_is_not_sent_to_a_second_numa_node():
+    assert server_args(RolloutConfig(), replace(MODEL, first_device=1), ENDPOINT)["base_gpu_id"] == 0
