@@ -58,6 +58,7 @@ def idle_engine_cores(seconds: float = 5.0) -> float:
         model = EngineModel(path=model_dir, dtype="float32", device="cpu")
         server = start_server(config.rollout, model, banned_token_ids=(), log_path=Path(directory) / "engine.log")
         try:
+            server.wait_until_ready()
             time.sleep(3)  # start-up work ends
             return _cpu_seconds(server.pid, seconds) / seconds
         finally:
