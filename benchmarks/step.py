@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_mmrl.cli import PREPARED_DIR, QUICKSTART_CONFIG, prepare_quickstart
+from megatron_mmrl.commands.quickstart import CONFIG_FILE, PREPARED_DIR, prepare_quickstart
 from megatron_mmrl.config import load_config
 from megatron_mmrl.data.processor import Processor
 from megatron_mmrl.rollout.server_args import EngineModel
@@ -35,7 +35,7 @@ SKIP_STEPS = 3  # caches and allocators settle
 def run_quickstart(steps: int, overrides: list[str], out_dir: Path) -> list[dict[str, float]]:
     """Rows of ``steps`` GRPO steps."""
     prepare_quickstart()
-    command = [sys.executable, "-m", "megatron_mmrl.cli", "train", "--config", str(QUICKSTART_CONFIG)]
+    command = [sys.executable, "-m", "megatron_mmrl.cli", "train", "--config", str(CONFIG_FILE)]
     settings = [f"run.output_dir={out_dir}", f"run.num_steps={steps}", "run.evaluate_every=0", "run.save_every=0"]
     subprocess.run([*command, *settings, "run.evaluate_before_training=false", *overrides], check=True)
     rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
@@ -51,7 +51,7 @@ def shares(rows: list[dict[str, float]]) -> dict[str, float]:
 
 def idle_engine_cores(seconds: float = 5.0) -> float:
     """Cores that a started engine takes while it has nothing to do."""
-    config = load_config(QUICKSTART_CONFIG)
+    config = load_config(CONFIG_FILE)
     with tempfile.TemporaryDirectory() as directory:
         model_dir = Path(directory) / "model"
         Processor(str(PREPARED_DIR / "model"), config.data).write_engine_dir(model_dir)

@@ -38,14 +38,14 @@ MAY_IMPORT = {
     "trainer": BASE | {"parallel", "models", "algorithms", "reshard.reference"},
     "controller": BASE | {"algorithms", "rollout.engine", "trainer.packing", "trainer.sequences"},
 }
-COMPOSE = {"__init__", "build", "cli", "cluster", "evaluate", "quickstart", "train"}
+COMPOSE = {"__init__", "build", "cli", "cluster", "commands", "doctor", "evaluate", "quickstart", "train"}
 
 # Heavy package -> the modules of ours that adapt it. Imports for type checkers alone do not count.
 MAY_LOAD = {
-    "megatron": ("parallel", "models", "reshard", "checkpoint", "trainer"),
+    "megatron": ("parallel", "models", "reshard", "checkpoint", "trainer", "doctor"),
     "sglang": ("rollout.launch_server", "rollout.sglang"),
     "ray": ("cluster.ray",),
-    "transformers": ("data", "models"),
+    "transformers": ("data", "models", "doctor"),
     "tokenizers": ("data", "models"),
     "math_verify": ("rewards.accuracy",),
     "sklearn": ("data.digits",),

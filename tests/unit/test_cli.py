@@ -9,6 +9,7 @@ import pytest
 
 from megatron_mmrl import cli
 from megatron_mmrl.cluster import local
+from megatron_mmrl.commands import quickstart
 
 HF_CONFIG = {
     "num_attention_heads": 4,
@@ -176,7 +177,7 @@ def test_quickstart_prepares_once_and_then_trains_what_it_prepared(
     for overrides in ([], ["run.seed=1"]):
         assert cli.main(["quickstart", *overrides]) == 7
     assert len(prepared) == 1
-    args = ["--config", str(cli.QUICKSTART_CONFIG), "run.resume=auto"]
+    args = ["--config", str(quickstart.CONFIG_FILE), "run.resume=auto"]
     assert [call[1] for call in started] == [args, [*args, "run.seed=1"]]
     assert cli.main(["quickstart", "--task", "add", "run.seed=1"]) == 7
     assert started[-1][1][2:] == [
@@ -198,7 +199,7 @@ def test_an_interrupted_preparation_is_done_again(
 
     monkeypatch.setattr("megatron_mmrl.quickstart.prepare", interrupted)
     assert cli.main(["quickstart"]) == 130
-    assert not cli.PREPARED_DIR.exists()
+    assert not quickstart.PREPARED_DIR.exists()
     assert started == []
 
 

@@ -55,6 +55,8 @@ def check_command(words: list[str]) -> None:
 
 def check_config(argv: list[str]) -> None:
     request = cli.parse(argv)
+    if not hasattr(request, "config"):
+        return
     if request.config.suffix == ".yaml" and (ROOT / request.config).is_file():
         load_config(ROOT / request.config, request.overrides)
     else:
