@@ -21,10 +21,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", choices=TASKS, default=defaults.task)
     parser.add_argument("--train-rows", type=int, default=defaults.train_rows)
     parser.add_argument("--test-rows", type=int, default=defaults.test_rows)
+    parser.add_argument(
+        "--untagged-share",
+        type=float,
+        default=defaults.untagged_share,
+        help="share of the written solutions whose answer has no tags (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=defaults.seed, help="order and pairing of the scans")
     parser.add_argument("--model-seed", type=int, default=0, help="random weights of the model")
     given = parser.parse_args(arguments)
-    options = DigitsOptions(task=given.task, train_rows=given.train_rows, test_rows=given.test_rows, seed=given.seed)
+    options = DigitsOptions(
+        task=given.task,
+        train_rows=given.train_rows,
+        test_rows=given.test_rows,
+        untagged_share=given.untagged_share,
+        seed=given.seed,
+    )
     prepare(given.out, options, model_seed=given.model_seed)
     print(f"wrote {given.out}/train.parquet, {given.out}/test.parquet and {given.out}/model")
 

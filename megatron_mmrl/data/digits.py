@@ -55,12 +55,17 @@ class DigitsOptions:
     test_rows: int = 256
     seed: int = 0
     """Order and pairing of the scans; which scans are held out does not depend on it."""
+    untagged_share: float = 0.65
+    """Share of the rows whose written solution gives the answer without its tags, as found solutions do. The rewards
+    want the tags: that, and reading better, is left to reinforcement learning."""
     image_size: int = 56
     """Side of the square PNG in pixels; 56 gives four image tokens."""
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ValueError(f"task {self.task!r} is not known; use one of {', '.join(TASKS)}")
+        if not 0.0 <= self.untagged_share <= 1.0:
+            raise ValueError(f"untagged_share={self.untagged_share}: must be between 0 and 1")
         if self.train_rows < 1 or self.test_rows < 1:
             raise ValueError(f"train_rows={self.train_rows}, test_rows={self.test_rows}: both must be at least 1")
 
@@ -79,8 +84,13 @@ def write_digits(out_dir: Path, options: DigitsOptions | None = None) -> None:
     }
     out_dir.mkdir(parents=True, exist_ok=True)
     for number, (split, (pool, num_rows)) in enumerate(splits.items()):
-        questions = _questions(pool, options.task, np.random.default_rng([options.seed, number]))
-        rows = [_row(task, split, scans, labels, png) for task, scans in islice(questions, num_rows)]
+        rng = np.random.default_rng([options.seed, number])
+        tagged = np.random.default_rng([options.seed, number, 1]).random(num_rows) >= options.untagged_share
+        questions = islice(_questions(pool, options.task, rng), num_rows)
+        rows = [
+            _row(task, split, scans, labels, png, tagged=bool(tag))
+            for (task, scans), tag in zip(questions, tagged, strict=True)
+        ]
         pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), out_dir / f"{split}.parquet", row_group_size=_ROW_GROUP)
 
 
@@ -98,7 +108,7 @@ def _questions(pool: NDArray[np.int64], task: Task, rng: np.random.Generator) ->
 
 
 def _row(
-    task: str, split: str, scans: Sequence[int], labels: NDArray[np.int64], png: Callable[[int], bytes]
+    task: str, split: str, scans: Sequence[int], labels: NDArray[np.int64], png: Callable[[int], bytes], *, tagged: bool
 ) -> dict[str, Any]:
     digits = [int(labels[scan]) for scan in scans]
     return {
@@ -107,13 +117,14 @@ def _row(
         "images": [{"bytes": png(scan), "path": None} for scan in scans],
         "ability": "digits",
         "reward_model": {"style": "rule", "ground_truth": str(sum(digits))},
-        "extra_info": {"split": split, "solution": _solution(task, digits), "scans": list(scans)},
+        "extra_info": {"split": split, "solution": _solution(task, digits, tagged=tagged), "scans": list(scans)},
     }
 
 
-def _solution(task: str, digits: Sequence[int]) -> str:
+def _solution(task: str, digits: Sequence[int], *, tagged: bool = True) -> str:
     thought = "+".join(map(str, digits)) if task == "add" else str(digits[0])
-    return f"<think>{thought}</think><answer>{sum(digits)}</answer>"
+    answer = f"<answer>{sum(digits)}</answer>" if tagged else str(sum(digits))
+    return f"<think>{thought}</think>{answer}"
 
 
 def _png(pixels: NDArray[np.float64], size: int) -> bytes:

@@ -15,7 +15,7 @@ from tests.e2e.run import Run, train
 def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with ``runs/prepared``, as ``mmrl quickstart`` makes it."""
     path = tmp_path_factory.mktemp("e2e")
-    prepare(path / "runs" / "prepared", DigitsOptions(train_rows=256, test_rows=64))
+    prepare(path / "runs" / "prepared", DigitsOptions(train_rows=256, test_rows=64, untagged_share=0.0))
     return path
 
 

@@ -19,6 +19,7 @@ SMALL = (
     "rollout.prompts_per_step=8",
     "rollout.samples_per_prompt=4",
     "supervised.num_steps=8",
+    "supervised.batch_sequences=32",
     "run.num_steps=5",
     "run.max_eval_prompts=32",
     "run.evaluate_every=0",

@@ -57,7 +57,17 @@ def test_answers_and_solutions_are_those_of_the_scans(tmp_path: Path) -> None:
         assert len(digits) == len(row["images"]) == 1 + number % 2
         assert row["data_source"] == ("digits/read", "digits/add")[number % 2]
         assert row["reward_model"] == {"style": "rule", "ground_truth": str(total)}
-        assert row["extra_info"]["solution"] == f"<think>{thought}</think><answer>{total}</answer>"
+        tagged, bare = (f"<think>{thought}</think>{answer}" for answer in (f"<answer>{total}</answer>", total))
+        assert row["extra_info"]["solution"] in (tagged, bare)
+
+
+@pytest.mark.parametrize(("share", "low", "high"), [(0.0, 0, 0), (0.65, 0.6, 0.7), (1.0, 1, 1)])
+def test_the_asked_share_of_solutions_has_no_tags_around_the_answer(
+    tmp_path: Path, share: float, low: float, high: float
+) -> None:
+    write_digits(tmp_path, DigitsOptions(train_rows=1000, test_rows=5, untagged_share=share))
+    solutions = [row["extra_info"]["solution"] for row in rows(tmp_path / "train.parquet")]
+    assert low <= sum("<answer>" not in solution for solution in solutions) / 1000 <= high
 
 
 def test_images_are_the_scans_enlarged(tmp_path: Path) -> None:
@@ -79,14 +89,14 @@ def test_same_seed_same_rows_other_seed_other_rows(tmp_path: Path) -> None:
         assert scans(tmp_path / f"a/{split}.parquet") != scans(tmp_path / f"c/{split}.parquet")
 
 
-@pytest.mark.parametrize("wrong", [{"task": "subtract"}, {"train_rows": 0}, {"test_rows": 0}])
+@pytest.mark.parametrize("wrong", [{"task": "subtract"}, {"train_rows": 0}, {"test_rows": 0}, {"untagged_share": 1.1}])
 def test_options_out_of_range_are_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         DigitsOptions(**wrong)
 
 
 def test_prepared_questions_are_short_and_the_targets_one_token_a_word(tmp_path: Path) -> None:
-    prepare(tmp_path, DigitsOptions(task="both", train_rows=4, test_rows=2))
+    prepare(tmp_path, DigitsOptions(task="both", train_rows=4, test_rows=2, untagged_share=0))
     config = DataConfig(train_files=[str(tmp_path / "train.parquet")])
     processor = Processor(str(tmp_path / "model"), config)
     dataset = PromptDataset(config.train_files, config)
