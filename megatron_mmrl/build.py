@@ -31,6 +31,7 @@ from megatron_mmrl.rollout.server_args import EngineModel
 from megatron_mmrl.rollout.sglang_client import start_engine
 from megatron_mmrl.trainer.forward import TokenDistribution
 from megatron_mmrl.trainer.packing import InputRules, Packer
+from megatron_mmrl.trainer.plan import Multiples
 from megatron_mmrl.trainer.policy import MegatronPolicy
 from megatron_mmrl.types import SamplingParams
 
@@ -119,7 +120,7 @@ def machinery(config: Config, scratch: Path) -> Iterator[Machinery]:
             pool=pool,
             scorer=Scorer(pool, exchange),
             handover=Handover(policy, fleet),
-            packer=_packer(config, layout, processor, exchange.rank),
+            packer=packer_for(config, layout, processor.pad_token_id, exchange.rank),
             algorithm=build_algorithm(config.algorithm),
             sampling=_sampling(config),
         )
@@ -163,17 +164,18 @@ def _distribution(config: Config, processor: Processor) -> TokenDistribution:
     )
 
 
-def _packer(config: Config, layout: ParallelLayout, processor: Processor, rank: int) -> Packer:
+def packer_for(config: Config, layout: ParallelLayout, pad_id: int, rank: int) -> Packer:
+    """What makes the micro-batches that ``rank`` reads."""
     facts = model_facts(config.model.path)
     at = layout.coordinates(rank)
     return Packer(
         trainer=config.trainer,
         num_replicas=layout.data,
         replica=at.data,
-        multiple_of=layout.tensor if config.parallel.sequence_parallel else 1,
+        multiples=Multiples.of(config.parallel),
         rules=InputRules(
             position_ids=position_ids_function(facts),
-            pad_id=processor.pad_token_id,
+            pad_id=pad_id,
             image_token_id=facts.image_token_id,
             merge_size=facts.merge_size,
         ),

@@ -131,7 +131,8 @@ class MicroBatch:
     """What one forward pass of one data-parallel rank reads.
 
     Packed (``num_rows is None``): sequences one after the other, bounds in ``cu_seqlens``; padding at the
-    end is a dummy sequence of its own, so ``cu_seqlens[-1] == T``.
+    end is a dummy sequence of its own, so ``cu_seqlens[-1] == T``. Context parallelism needs sequences that its ranks
+    can divide: padding at the end of one's slot belongs to it.
     Padded (``num_rows = B``): T = B x row length, row-major, each row one sequence padded on the right.
     """
 

@@ -19,13 +19,14 @@ OTHER_SOURCES = [
     path for folder in ("tools", "examples", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 
-BASE = {"types", "config", "compat", "lifetime"}
+BASE = {"types", "config", "compat", "lifetime", "lru"}
 # Package (or top-level module) -> what of ours it may import besides itself. Not listed: it composes, and may all.
 MAY_IMPORT = {
     "types": set(),
     "config": set(),
     "compat": set(),
     "lifetime": set(),
+    "lru": set(),
     "algorithms": BASE,
     "rewards": BASE,
     "data": BASE,
@@ -50,7 +51,7 @@ MAY_LOAD = {
     "math_verify": ("rewards.accuracy",),
     "sklearn": ("data.digits",),
     "matplotlib": ("metrics",),
-    "rich": ("metrics",),
+    "rich": ("metrics", "doctor"),
     "tensorboard": ("metrics",),
     "wandb": ("metrics",),
 }

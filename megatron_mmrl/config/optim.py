@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from megatron_mmrl.config.checks import at_least, require, within
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LrScale:
+    """Keys under ``optim.lr_scale.``: each part's learning rate is the schedule's times this."""
+
+    vision: float = 1.0
+    """The vision tower below the merger."""
+    merger: float = 1.0
+    language: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +36,7 @@ class OptimConfig:
     eps: float = 1e-8
     clip_grad: float = 1.0
     """Global gradient norm is clipped to this; 0: off."""
+    lr_scale: LrScale = field(default_factory=LrScale)
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"{self.section}.lr={self.lr}: must be above 0")
@@ -35,3 +46,8 @@ class OptimConfig:
         at_least(f"{self.section}.clip_grad", self.clip_grad, 0)
         for key in ("beta1", "beta2"):
             within(f"{self.section}.{key}", getattr(self, key), 0.0, 1.0)
+        for part in ("vision", "merger", "language"):
+            scale = getattr(self.lr_scale, part)
+            require(
+                scale > 0, f"{self.section}.lr_scale.{part}={scale}: must be above 0; model.freeze=[{part}] stops it"
+            )

@@ -14,8 +14,9 @@ class ParallelConfig:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
-    """Model chunks per pipeline rank (interleaved schedule); unset: one."""
+    """Model chunks per pipeline rank (interleaved schedule: micro-batches in multiples of the stages); unset: one."""
     context_parallel_size: int = 1
+    """Ranks that share the tokens of every sequence, for long ones; sequences are padded to a multiple of twice it."""
     data_parallel_size: int = 1
     """Replicas; the product of all sizes is the number of trainer processes."""
     sequence_parallel: bool = True

@@ -14,7 +14,7 @@ class TrainerConfig:
     mini_batch_sequences: int | None = None
     """Sequences per optimizer update, over all data-parallel ranks; unset: the whole rollout."""
     micro_batch_tokens: int = 8192
-    """Token budget of one forward pass of one data-parallel rank."""
+    """Token budget of one forward pass of one replica; its context-parallel ranks share them."""
     micro_batch_sequences: int | None = None
     """At most so many sequences in one forward pass; unset: only the token budget binds."""
     packing: bool = True

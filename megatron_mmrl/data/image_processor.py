@@ -16,7 +16,7 @@ from megatron_mmrl.compat import declare_torchvision_ops
 from megatron_mmrl.config.data import DataConfig
 from megatron_mmrl.data.errors import BadImageError
 from megatron_mmrl.data.images import content_hash, open_image, to_png
-from megatron_mmrl.data.lru import LruBytes
+from megatron_mmrl.lru import LruBytes
 
 T = TypeVar("T")
 

@@ -77,38 +77,42 @@ def check_layout(hf_config: Mapping[str, Any], config: Config) -> None:
         ValueError: names the key, both numbers and the values that would work.
     """
     text = hf_config.get("text_config") or hf_config
-    _check_supported(config.parallel)
-    _check_trainer(text, config.parallel)
+    _check_tensor(text, config.parallel.tensor_model_parallel_size)
+    _check_pipeline(int(text["num_hidden_layers"]), config.parallel)
     _check_engine(text, hf_config["vision_config"], config.rollout.tensor_parallel_size)
 
 
-def _check_supported(parallel: ParallelConfig) -> None:
+def _check_tensor(text: Mapping[str, Any], tensor: int) -> None:
+    heads, groups = int(text["num_attention_heads"]), int(text["num_key_value_heads"])
+    intermediate, head_dim = int(text["intermediate_size"]), int(text["hidden_size"]) // heads
+    attention_rows = (heads + 2 * groups) * head_dim
+
+    def fits(size: int) -> bool:
+        # More ranks than key/value heads share them, evenly, and share out the rows of linear_qkv (Megatron's rules).
+        whole = all(number % size == 0 for number in (heads, intermediate, attention_rows))
+        return whole and (groups % size == 0 or size % groups == 0)
+
     require(
-        parallel.context_parallel_size == 1,
-        f"parallel.context_parallel_size={parallel.context_parallel_size}: context parallelism is not supported yet; "
-        "use 1 (longer sequences: raise parallel.tensor_model_parallel_size)",
-    )
-    require(
-        parallel.virtual_pipeline_model_parallel_size is None,
-        f"parallel.virtual_pipeline_model_parallel_size={parallel.virtual_pipeline_model_parallel_size}: the "
-        "interleaved schedule is not supported yet; leave it unset",
+        fits(tensor),
+        f"parallel.tensor_model_parallel_size={tensor} does not fit the model: it must divide "
+        f"num_attention_heads={heads}, intermediate_size={intermediate} and the {attention_rows} rows of queries, keys "
+        f"and values, and divide or be a multiple of num_key_value_heads={groups}; "
+        f"use one of {[n for n in range(1, heads + 1) if fits(n)]}",
     )
 
 
-def _check_trainer(text: Mapping[str, Any], parallel: ParallelConfig) -> None:
-    tensor = parallel.tensor_model_parallel_size
-    sizes = {name: int(text[name]) for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")}
-    for name, size in sizes.items():
-        require(
-            size % tensor == 0,
-            f"parallel.tensor_model_parallel_size={tensor} does not divide {name}={size} of the model; "
-            f"use one of {_common_divisors(*sizes.values())}",
-        )
-    layers, stages = int(text["num_hidden_layers"]), parallel.pipeline_model_parallel_size
+def _check_pipeline(layers: int, parallel: ParallelConfig) -> None:
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
     require(
         layers % stages == 0,
         f"parallel.pipeline_model_parallel_size={stages} does not divide num_hidden_layers={layers} of the model; "
-        f"use one of {_common_divisors(layers)}",
+        f"use one of {_divisors(layers)}",
+    )
+    require(
+        (layers // stages) % (chunks or 1) == 0,
+        f"parallel.virtual_pipeline_model_parallel_size={chunks} does not divide the {layers // stages} layers of a "
+        f"stage (num_hidden_layers={layers} / parallel.pipeline_model_parallel_size={stages}); "
+        f"use one of {_divisors(layers // stages)[1:]}, or leave it unset",
     )
 
 
@@ -131,5 +135,5 @@ def _check_engine(text: Mapping[str, Any], vision: Mapping[str, Any], tensor: in
     )
 
 
-def _common_divisors(*numbers: int) -> list[int]:
-    return [n for n in range(1, min(numbers) + 1) if all(number % n == 0 for number in numbers)]
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -1,15 +1,17 @@
-"""Rotary angles from explicit multimodal positions, one row per token of the batch.
+"""Rotary embedding from explicit multimodal positions, one row per token that this rank holds.
 
-Replaces mcore's module of the same purpose because packed batches need rows of exact positions: mcore applies row t of
-the angles to token t only if there are as many rows as tokens, and otherwise restarts at row 0 for every sequence,
-silently. ``PackedSequences`` (parallel/attention.py) therefore has to cover every token, padding included.
+Replaces mcore's: it finds the angles of a packed batch by position in each sequence unless there are as many of them as
+tokens in the pack (silently), and under context parallelism it cuts the pack as if it were one sequence. Here row t of
+the angles turns token t, and nothing else is known about sequences or ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
 from megatron_mmrl.parallel.device import device
@@ -29,7 +31,7 @@ class MultimodalRotary(nn.Module):
         self._inverse_frequencies = (1.0 / base**exponents).to(device())  # no buffer: never cast to bfloat16
 
     def forward(self, position_ids: Tensor, mrope_section: Sequence[int], cp_group: object = None) -> Tensor:
-        """Angles in radians.
+        """Cosines and sines.
 
         Args:
             position_ids: int64 [3, B, S], rows t, h, w.
@@ -37,9 +39,31 @@ class MultimodalRotary(nn.Module):
             cp_group: passed by mcore, unused.
 
         Returns:
-            float32 [S, B, 1, head_dim]
+            float32 [2, S, B, 1, head_dim], as ``RotarySelfAttention`` takes it.
         """
         angles = position_ids[..., None].to(torch.float32) * self._inverse_frequencies  # [3, B, S, head_dim / 2]
         by_axis = [part[axis] for axis, part in enumerate(angles.split(list(mrope_section), dim=-1))]
         half = torch.cat(by_axis, dim=-1)
-        return torch.cat((half, half), dim=-1).transpose(0, 1).unsqueeze(2).contiguous()
+        full = torch.cat((half, half), dim=-1).transpose(0, 1).unsqueeze(2)
+        return torch.stack((full.cos(), full.sin()))
+
+
+class RotarySelfAttention(SelfAttention):
+    """mcore's self-attention, whose queries and keys are turned by what ``MultimodalRotary`` returned."""
+
+    def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As in mcore, which is not given the angles: it must not turn anything again."""
+        self._turns = rotary_pos_emb
+        return super().forward(*args, **kwargs)
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [S, B, heads, head_dim] of this rank's heads, turned where they should be."""
+        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+        return rotate(query, self._turns), rotate(key, self._turns), value
+
+
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn the pairs (i, i + d / 2) of [S, B, heads, d] by [2, S, B, 1, d], cosines and sines."""
+    cos, sin = turns.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin

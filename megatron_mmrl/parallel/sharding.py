@@ -75,7 +75,9 @@ class Row:
 class QKV:
     """Queries, keys and values in one tensor, group by group: ``[q .. q, k, v]`` for each key/value head.
 
-    Weights [heads * head_dim, hidden] and biases [heads * head_dim] alike.
+    Weights [heads * head_dim, hidden] and biases [heads * head_dim] alike. A rank has an equal share of the rows, which
+    is a number of whole groups unless there are more ranks than groups: then borders lie anywhere, and Megatron gathers
+    the output before it takes the rank's heads.
     """
 
     heads: int
@@ -83,17 +85,20 @@ class QKV:
     head_dim: int
 
     def split(self, full: Sequence[Sliceable], rank: int, size: int) -> Tensor:
-        groups = _part(self.groups, rank, size)
-        parts = [
-            tensor[groups.start * rows : groups.stop * rows].unflatten(0, (-1, rows))
-            for tensor, rows in zip(full, self._rows(), strict=True)
-        ]
-        return torch.cat(parts, dim=1).flatten(0, 1)
+        share = _part(sum(tensor.shape[0] for tensor in full), rank, size)
+        pieces, place = [], 0
+        for group in range(self.groups):
+            for tensor, rows in zip(full, self._rows(), strict=True):
+                start, stop = max(share.start - place, 0), min(share.stop - place, rows)
+                if start < stop:
+                    pieces.append(tensor[group * rows + start : group * rows + stop])
+                place += rows
+        return torch.cat(pieces)
 
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
         rows = self._rows()
-        by_group = [shard.unflatten(0, (-1, sum(rows))).split(rows, dim=1) for shard in shards]
-        return tuple(torch.cat([parts[i] for parts in by_group]).flatten(0, 1) for i in range(3))
+        by_group = _join(shards, 0).unflatten(0, (self.groups, sum(rows)))
+        return tuple(part.flatten(0, 1) for part in by_group.split(rows, dim=1))
 
     def _rows(self) -> tuple[int, int, int]:
         """Rows of q, k and v in one group."""

@@ -47,6 +47,19 @@ def initialize(parallel: ParallelConfig, seed: int) -> ParallelLayout:
     return layout
 
 
+def initialize_alone(parallel: ParallelConfig, rank: int) -> None:
+    """Be rank ``rank`` of a world whose other ranks do not exist: groups are there, collectives move nothing.
+
+    For looking at a rank's part of a model; ``shutdown`` ends it.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=parallel.world_size)
+    cpu_stand_ins.install()
+    _build_megatron_groups(parallel, timedelta(seconds=parallel.timeout_s), gloo_groups=False)
+    _seed(0)
+
+
 def shutdown() -> None:
     """Leave the world; safe to call twice. A gloo process that ends without this may abort."""
     if not dist.is_initialized():
@@ -67,7 +80,7 @@ def _join_world(world: int, timeout: timedelta) -> None:
     dist.init_process_group(backend(), timeout=timeout)
 
 
-def _build_megatron_groups(parallel: ParallelConfig, timeout: timedelta) -> None:
+def _build_megatron_groups(parallel: ParallelConfig, timeout: timedelta, *, gloo_groups: bool = True) -> None:
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(
@@ -76,6 +89,7 @@ def _build_megatron_groups(parallel: ParallelConfig, timeout: timedelta) -> None
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         distributed_timeout_minutes=max(1, round(timeout.total_seconds() / 60)),
+        create_gloo_process_groups=gloo_groups,
     )
 
 

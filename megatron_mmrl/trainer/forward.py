@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_mmrl.parallel.attention import pack
+from megatron_mmrl.parallel.context import assemble, held_tokens
 from megatron_mmrl.parallel.device import device
 from megatron_mmrl.trainer.logprobs import token_logprobs
 from megatron_mmrl.types import MicroBatch
@@ -33,7 +34,7 @@ class TokenDistribution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenValues:
-    """Log-probs and entropies of a micro-batch's N loss tokens."""
+    """Log-probs and entropies of a micro-batch's N loss tokens, all of them on every context-parallel rank."""
 
     rows: Tensor  # i64[N], positions in the micro-batch
     logprobs: Tensor  # f32[N]
@@ -59,14 +60,17 @@ def run_schedule(
     """Forward (and backward) all micro-batches.
 
     ``on_tokens`` runs on the last pipeline stage for each micro-batch and returns (scalar loss, record); the records
-    are returned there in order, an empty list on the other stages. All micro-batches must have one shape.
+    are returned there in order, an empty list on the other stages. All micro-batches must have one shape. Under context
+    parallelism every rank of the group is given the same micro-batches, calls ``on_tokens`` with the same values and
+    must return the same loss: each contributes the gradient of the tokens that it computed.
     """
     first = batches[0]
     rows = first.num_rows or 1
 
     def step(iterator: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         batch = next(iterator)
-        return chunk(**_model_inputs(batch)), partial(finish, batch, chunk)
+        reads_images = get_attr_wrapped_model(chunk, "pre_process")
+        return chunk(**model_inputs(batch, reads_images=reads_images)), partial(finish, batch, chunk)
 
     def finish(batch: MicroBatch, chunk: torch.nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
         values = _token_values(batch, chunk, hidden, distribution)
@@ -85,31 +89,40 @@ def run_schedule(
     )
 
 
-def _model_inputs(batch: MicroBatch) -> dict[str, Any]:
-    """Arrays as the model takes them: [1, T] packed with cu_seqlens, or [B, S] padded."""
+def model_inputs(batch: MicroBatch, *, reads_images: bool = True) -> dict[str, Any]:
+    """Arrays as the model takes them: [1, T] packed with cu_seqlens, or [B, S] padded; the whole micro-batch."""
     rows, where = batch.num_rows or 1, device()
-    packed = None if batch.num_rows is not None else pack(torch.from_numpy(batch.cu_seqlens), where)
-    has_images = len(batch.image_grid_thw) > 0
+    packed = None
+    if batch.num_rows is None:
+        packed = pack(torch.from_numpy(batch.cu_seqlens), where, **_context_place())
+    has_images = reads_images and len(batch.image_grid_thw) > 0
     return {
         "input_ids": torch.from_numpy(batch.input_ids).to(where).view(rows, -1),
         "position_ids": torch.from_numpy(batch.position_ids).to(where).view(3, rows, -1),
         "packed_seq_params": packed,
-        "pixel_values": torch.from_numpy(batch.pixel_values).to(where) if has_images else None,
-        "image_grid_thw": torch.from_numpy(batch.image_grid_thw).to(where) if has_images else None,
+        # On the host: a rank moves only those that it encodes.
+        "pixel_values": torch.from_numpy(batch.pixel_values) if has_images else None,
+        "image_grid_thw": torch.from_numpy(batch.image_grid_thw) if has_images else None,
     }
 
 
 def _token_values(
     batch: MicroBatch, chunk: torch.nn.Module, hidden: Tensor, distribution: TokenDistribution
 ) -> TokenValues:
-    """Log-probs where the loss mask is true: hidden row t - 1 predicts ``input_ids[t]``. ``hidden``: [B, S, H]."""
-    rows = torch.from_numpy(batch.loss_mask).to(hidden.device).nonzero().squeeze(1)
-    targets = torch.from_numpy(batch.input_ids).to(hidden.device)[rows]
+    """Log-probs where the loss mask is true: the row of token t - 1 predicts ``input_ids[t]``.
+
+    ``hidden``: [B, S / cp, H], rows of the tokens that this context-parallel rank holds; it computes those of its own.
+    """
+    loss_tokens = torch.from_numpy(batch.loss_mask).nonzero().squeeze(1)
+    held = held_tokens(torch.from_numpy(batch.cu_seqlens), **_context_place())
+    row_of = torch.full((len(batch.input_ids),), -1).index_copy(0, held, torch.arange(len(held)))
+    rows = row_of[loss_tokens - 1]
+    own = (rows >= 0).nonzero().squeeze(1)
     weight = get_attr_wrapped_model(chunk, "output_weight")()
-    logprobs, entropy = token_logprobs(
-        hidden.reshape(-1, hidden.shape[-1])[rows - 1],
+    values = token_logprobs(
+        hidden.reshape(-1, hidden.shape[-1])[rows[own].to(hidden.device)],
         weight,
-        targets,
+        torch.from_numpy(batch.input_ids)[loss_tokens[own]].to(hidden.device),
         vocab_start=parallel_state.get_tensor_model_parallel_rank() * weight.shape[0],
         temperature=distribution.temperature,
         banned=distribution.banned,
@@ -117,4 +130,14 @@ def _token_values(
         group=parallel_state.get_tensor_model_parallel_group(),
         chunk_tokens=distribution.chunk_tokens,
     )
-    return TokenValues(rows=rows, logprobs=logprobs, entropy=entropy)
+    logprobs, entropy = assemble(
+        torch.stack(values), own.to(hidden.device), len(rows), parallel_state.get_context_parallel_group()
+    )
+    return TokenValues(rows=loss_tokens.to(hidden.device), logprobs=logprobs, entropy=entropy)
+
+
+def _context_place() -> dict[str, int]:
+    return {
+        "rank": parallel_state.get_context_parallel_rank(),
+        "size": parallel_state.get_context_parallel_world_size(),
+    }

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 
-from megatron_mmrl.config.optim import OptimConfig
+from megatron_mmrl.config.model import PARTS
+from megatron_mmrl.config.optim import LrScale, OptimConfig
 from megatron_mmrl.config.parallel import ParallelConfig
+from megatron_mmrl.models.parts import part_of
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
@@ -33,7 +37,11 @@ def wrap_data_parallel(chunks: list[MegatronModule], parallel: ParallelConfig) -
 def build_optimizer(
     chunks: list[DistributedDataParallel], optim: OptimConfig, parallel: ParallelConfig, dtype: torch.dtype
 ) -> MegatronOptimizer:
-    """Adam with float32 master weights; also restarts: fresh moments over the same parameters."""
+    """Adam with float32 master weights; also restarts: fresh moments over the same parameters.
+
+    Parameter groups (by weight decay and by the scale of the learning rate) are the same on every rank, in the same
+    order, whatever parts of the model it holds. What is frozen is in none.
+    """
     config = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -48,10 +56,24 @@ def build_optimizer(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    return get_megatron_optimizer(config, chunks)
+    overrides = get_standard_config_overrides(config) | _rate_overrides(optim.lr_scale)
+    return get_megatron_optimizer(config, chunks, overrides)
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
-    """Give every parameter group the learning rate ``lr``."""
+    """Give every parameter group the learning rate ``lr``, times the scale of its part of the model."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_mult"]
+
+
+def _rate_overrides(scales: LrScale) -> dict[ParamKey, dict[str, float]]:
+    """Megatron's rule for each part whose rate differs."""
+    return {
+        ParamKey(with_name_predicate=ParamWithNamePredicate(name=part, fn=partial(_is_of, part))): {"lr_mult": scale}
+        for part in PARTS
+        if (scale := getattr(scales, part)) != 1.0
+    }
+
+
+def _is_of(part: str, _: torch.nn.Parameter, name: str) -> bool:
+    return part_of(name.removeprefix("module.")) == part  # "module.": the data-parallel wrapper's

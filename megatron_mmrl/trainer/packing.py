@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mmrl.config.trainer import TrainerConfig
-from megatron_mmrl.trainer.plan import Plan, plan_microbatches
+from megatron_mmrl.trainer.plan import Multiples, Plan, plan_microbatches
 from megatron_mmrl.types import MicroBatch, TrainBatch, TrainSequence
 
 PositionIds = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.int64]]
@@ -51,7 +51,7 @@ class Packer:
     trainer: TrainerConfig
     num_replicas: int
     replica: int
-    multiple_of: int  # tensor size under sequence parallelism, else 1
+    multiples: Multiples  # of tokens, slots and micro-batches, by the parallel sizes
     rules: InputRules
     speaks_for_replica: bool  # true on one rank of each replica: the one whose values the others take
 
@@ -63,7 +63,7 @@ class Packer:
             max_tokens=self.trainer.micro_batch_tokens,
             max_sequences=self.trainer.micro_batch_sequences,
             packing=self.trainer.packing,
-            multiple_of=self.multiple_of,
+            multiples=self.multiples,
         )
         batch = build_batch(sequences, plan, self.replica, self.rules)
         return Packed(plan=plan, replica=self.replica, batch=batch)
@@ -95,24 +95,16 @@ def build_batch(sequences: Sequence[TrainSequence], plan: Plan, replica: int, ru
             f"got {len(lengths)} of {sum(lengths)} tokens"
         )
     return TrainBatch(
-        microbatches=tuple(
-            build_microbatch(sequences, indices, num_tokens=plan.num_tokens, num_rows=plan.num_rows, rules=rules)
-            for indices in plan.microbatches[replica]
-        ),
+        microbatches=tuple(build_microbatch(sequences, indices, plan, rules) for indices in plan.microbatches[replica]),
         num_loss_tokens=sum(int(sequence.loss_mask.sum()) for sequence in sequences),
         num_sequences=sum(bool(sequence.loss_mask.any()) for sequence in sequences),
     )
 
 
 def build_microbatch(
-    sequences: Sequence[TrainSequence],
-    indices: Sequence[int],
-    *,
-    num_tokens: int,
-    num_rows: int | None,
-    rules: InputRules,
+    sequences: Sequence[TrainSequence], indices: Sequence[int], plan: Plan, rules: InputRules
 ) -> MicroBatch:
-    """Lay the chosen sequences out as one micro-batch of ``num_tokens`` (see ``MicroBatch`` for both layouts).
+    """Lay the chosen sequences out as one micro-batch of the plan's shape (see ``MicroBatch`` for both layouts).
 
     Padding holds ``pad_id`` and is never in the loss mask. Padded rows without a sequence are all padding.
 
@@ -123,10 +115,10 @@ def build_microbatch(
     chosen = [sequences[index] for index in indices]
     for index, sequence in zip(indices, chosen, strict=True):
         _check_images(index, sequence, rules)
-    bounds, starts = _layout([len(sequence.ids) for sequence in chosen], num_tokens, num_rows)
+    bounds, starts = _layout(plan, indices)
 
     def spread(name: str, fill: float, dtype: type) -> NDArray:
-        out: NDArray = np.full(num_tokens, fill, dtype)
+        out: NDArray = np.full(plan.num_tokens, fill, dtype)
         for start, sequence in zip(starts, chosen, strict=True):
             out[start : start + len(sequence.ids)] = getattr(sequence, name)
         return out
@@ -141,7 +133,7 @@ def build_microbatch(
         input_ids=spread("ids", rules.pad_id, np.int64),
         position_ids=_position_ids(chosen, starts, bounds, rules.position_ids),
         cu_seqlens=bounds.astype(np.int32),
-        num_rows=num_rows,
+        num_rows=plan.num_rows,
         loss_mask=spread("loss_mask", False, np.bool_),
         advantages=spread("advantages", 0.0, np.float32),
         rollout_logprobs=spread("rollout_logprobs", 0.0, np.float32),
@@ -161,24 +153,21 @@ def unpack(values: Sequence[NDArray[np.float32]], plan: Plan, replica: int) -> d
     for array, indices in zip(values, planned, strict=True):
         if array.shape != (plan.num_tokens,):
             raise ValueError(f"values have shape {array.shape} but micro-batches have {plan.num_tokens} tokens")
-        lengths = [plan.lengths[index] for index in indices]
-        _, starts = _layout(lengths, plan.num_tokens, plan.num_rows)
-        for index, start, length in zip(indices, starts, lengths, strict=True):
-            result[index] = array[start : start + length]
+        _, starts = _layout(plan, indices)
+        for index, start in zip(indices, starts, strict=True):
+            result[index] = array[start : start + plan.lengths[index]]
     return result
 
 
-def _layout(
-    lengths: Sequence[int], num_tokens: int, num_rows: int | None
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Bounds of sequences or rows i64[S + 1], dummies included, and where each real sequence starts."""
-    if num_rows is not None:
-        bounds = np.arange(num_rows + 1) * (num_tokens // num_rows)
+def _layout(plan: Plan, indices: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Bounds of slots or rows i64[S + 1], dummies included, and where each of the real sequences starts."""
+    if plan.num_rows is not None:
+        bounds = np.arange(plan.num_rows + 1) * (plan.num_tokens // plan.num_rows)
     else:
-        bounds = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-        if bounds[-1] < num_tokens:
-            bounds = np.append(bounds, num_tokens)
-    return bounds, bounds[: len(lengths)]
+        bounds = np.concatenate([[0], np.cumsum(plan.slots(indices), dtype=np.int64)]).astype(np.int64)
+        if bounds[-1] < plan.num_tokens:
+            bounds = np.append(bounds, plan.num_tokens)
+    return bounds, bounds[: len(indices)]
 
 
 def _position_ids(

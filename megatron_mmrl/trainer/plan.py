@@ -12,7 +12,30 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_mmrl.config.parallel import ParallelConfig
+
 _SEARCH_STEPS = 6  # halvings of the interval in which the smallest T is searched
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Multiples:
+    """What every size has to be a multiple of, so that each rank gets an equal part."""
+
+    tokens: int = 1  # T of a pack, or the length of a padded row: tensor size under sequence parallelism x slot
+    slot: int = 1  # what a packed sequence takes up, its padding included: 2 x context size
+    microbatches: int = 1  # micro-batches per replica: pipeline size under the interleaved schedule
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig) -> Multiples:
+        """Those of a run's parallel sizes."""
+        context, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+        slot = 2 * context if context > 1 else 1
+        interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+        return cls(
+            tokens=slot * tensor if parallel.sequence_parallel else slot,
+            slot=slot,
+            microbatches=parallel.pipeline_model_parallel_size if interleaved else 1,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,11 +46,16 @@ class Plan:
     microbatches: tuple[tuple[tuple[int, ...], ...], ...]  # [replica][micro-batch] -> sequence indices
     num_tokens: int  # T
     num_rows: int | None
+    slot_multiple: int = 1  # a packed sequence takes up its length, rounded up to a multiple of this
 
     @property
     def utilisation(self) -> float:
         """Real tokens / computed tokens, over all replicas."""
         return sum(self.lengths) / (self.num_tokens * sum(len(replica) for replica in self.microbatches))
+
+    def slots(self, indices: Sequence[int]) -> list[int]:
+        """Tokens that packed sequences take up, padding at their ends included."""
+        return [_round_up(self.lengths[index], self.slot_multiple) for index in indices]
 
 
 def plan_microbatches(
@@ -37,7 +65,7 @@ def plan_microbatches(
     max_tokens: int,
     max_sequences: int | None,
     packing: bool,
-    multiple_of: int = 1,
+    multiples: Multiples = Multiples(),
 ) -> Plan:
     """Assign sequences to data-parallel replicas and micro-batches: every one once, the fewest micro-batches.
 
@@ -47,46 +75,46 @@ def plan_microbatches(
         max_tokens: budget of one micro-batch, padding included.
         max_sequences: at most so many sequences in one micro-batch; None: only the budget binds.
         packing: sequences end to end; false: one row each, padded to the longest.
-        multiple_of: T (packed) or the row length (padded) is a multiple of this: the tensor size under
-            sequence parallelism.
+        multiples: of tokens, slots and micro-batches.
 
     Raises:
         ValueError: no sequences, or one that is longer than the budget.
     """
     lengths = [int(length) for length in lengths]
-    budget = max_tokens // multiple_of * multiple_of
+    budget = max_tokens // multiples.tokens * multiples.tokens
     if not lengths:
         raise ValueError("no sequences to plan; skip the update when a rollout leaves none")
     longest = max(lengths)
     if longest > budget:
         raise ValueError(
             f"sequence {lengths.index(longest)} has {longest} tokens but a micro-batch holds {budget} "
-            f"(trainer.micro_batch_tokens={max_tokens}, in multiples of {multiple_of}); raise the budget or "
+            f"(trainer.micro_batch_tokens={max_tokens}, in multiples of {multiples.tokens}); raise the budget or "
             "lower data.max_prompt_tokens or rollout.max_response_tokens"
         )
+    limit, bins_multiple = max_sequences or len(lengths), num_replicas * multiples.microbatches
+    slots = [_round_up(length, multiples.slot) for length in lengths] if packing else lengths
     if packing:
-        bins, num_tokens = _pack(lengths, num_replicas, budget, max_sequences, multiple_of)
+        bins = _pack(slots, bins_multiple, budget, limit, multiples.tokens)
+        num_tokens = _round_up(_tallest(bins, slots), multiples.tokens)
         num_rows = None
     else:
-        row_length = _round_up(longest, multiple_of)
-        bins, num_rows = _rows(len(lengths), num_replicas, budget // row_length, max_sequences)
+        row_length = _round_up(longest, multiples.tokens)
+        bins, num_rows = _rows(len(lengths), bins_multiple, min(budget // row_length, limit))
         num_tokens = num_rows * row_length
     return Plan(
         lengths=tuple(lengths),
-        microbatches=_deal_to_replicas(bins, lengths, num_replicas, num_tokens),
+        microbatches=_deal_to_replicas(bins, slots, num_replicas, num_tokens),
         num_tokens=num_tokens,
         num_rows=num_rows,
+        slot_multiple=multiples.slot,
     )
 
 
-def _pack(
-    lengths: Sequence[int], num_replicas: int, budget: int, max_sequences: int | None, multiple_of: int
-) -> tuple[list[list[int]], int]:
-    """The fewest bins that hold everything (rounded up to the replicas), then the smallest T found for them."""
+def _pack(lengths: Sequence[int], bins_multiple: int, budget: int, limit: int, multiple_of: int) -> list[list[int]]:
+    """The fewest bins that hold everything, rounded up to a multiple, filled so that the tallest is low."""
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    limit = max_sequences or len(lengths)
     bins = _first_fit(lengths, order, capacity=budget, num_bins=len(lengths), limit=limit)
-    num_bins = _round_up(sum(map(bool, bins)), num_replicas)
+    num_bins = _round_up(sum(map(bool, bins)), bins_multiple)
     bins = [*bins, *([] for _ in range(num_bins))][:num_bins]
     level = _least_loaded(lengths, order, num_bins=num_bins, limit=limit)
     bins = min(bins, level, key=lambda candidate: _tallest(candidate, lengths))  # at most the budget: bins is
@@ -102,7 +130,7 @@ def _pack(
             bins = tighter
         else:
             low = capacity + multiple_of
-    return bins, _round_up(_tallest(bins, lengths), multiple_of)
+    return bins
 
 
 def _first_fit(
@@ -137,12 +165,9 @@ def _tallest(bins: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
     return max(sum(lengths[index] for index in indices) for indices in bins)
 
 
-def _rows(
-    num_sequences: int, num_replicas: int, rows_in_budget: int, max_sequences: int | None
-) -> tuple[list[list[int]], int]:
-    """Sequences in their order as rows of equally many, the fewest, micro-batches per replica; and rows of each."""
-    most = min(rows_in_budget, max_sequences or rows_in_budget)
-    num_bins = _round_up(-(-num_sequences // most), num_replicas)
+def _rows(num_sequences: int, bins_multiple: int, most: int) -> tuple[list[list[int]], int]:
+    """Sequences in their order as rows of equally many micro-batches, the fewest and a multiple; and rows of each."""
+    num_bins = _round_up(-(-num_sequences // most), bins_multiple)
     bins = [part.tolist() for part in np.array_split(np.arange(num_sequences), num_bins)]
     return bins, max(map(len, bins))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from megatron_mmrl.algorithms.aggregate import count_tokens_in_sequence
 from megatron_mmrl.algorithms.losses import LossFn, LossInputs, LossOutput
-from megatron_mmrl.models.registry import build_model, load_hf_weights
+from megatron_mmrl.models.hf_io import HFReader
+from megatron_mmrl.models.parts import freeze_parameters
+from megatron_mmrl.models.registry import build_model, load_model_weights
 from megatron_mmrl.parallel.collectives import Collectives
 from megatron_mmrl.parallel.device import device, dtype_of
 from megatron_mmrl.reshard.reference import export_hf
@@ -41,6 +43,7 @@ class MegatronPolicy:
     def __init__(self, config: Config, distribution: TokenDistribution, collectives: Collectives) -> None:
         self._config, self._distribution, self._collectives = config, distribution, collectives
         modules = self._build(Path(config.model.path))
+        freeze_parameters(modules, config.model.freeze, HFReader(Path(config.model.path)).names)
         self.chunks = wrap_data_parallel(modules, config.parallel)
         if config.parallel.overlap_grad_reduce:
             syncs = [chunk.no_sync for chunk in self.chunks]
@@ -55,13 +58,13 @@ class MegatronPolicy:
 
     def logprobs(self, batch: TrainBatch) -> list[NDArray[np.float32]]:
         """log pi_theta of each micro-batch, [T], on every rank of the replica."""
-        return self._token_logprobs(self.chunks, batch)
+        return batch_logprobs(self.chunks, batch, self._distribution)
 
     def reference_logprobs(self, batch: TrainBatch) -> list[NDArray[np.float32]]:
         """log pi_ref of each micro-batch, [T], on every rank of the replica."""
         if self._reference is None:
             raise RuntimeError("no reference model is kept; call keep_reference first (algorithm.kl_coef > 0)")
-        return self._token_logprobs(self._reference, batch)
+        return batch_logprobs(self._reference, batch, self._distribution)
 
     def update(self, batch: TrainBatch, loss: LossFn) -> UpdateStats:
         """One optimizer step on the mean gradient of ``loss`` over the global batch.
@@ -109,7 +112,7 @@ class MegatronPolicy:
 
     def _build(self, weights: Path) -> list[torch.nn.Module]:
         modules = build_model(self._config.model.path, parallel=self._config.parallel, model=self._config.model)
-        load_hf_weights(modules, weights)
+        load_model_weights(modules, weights)
         return modules
 
     def _step(self, totals: dict[str, float], num_tokens: int) -> UpdateStats:
@@ -129,27 +132,32 @@ class MegatronPolicy:
         return UpdateStats(loss=totals["loss"], grad_norm=grad_norm, lr=lr, metrics=metrics)
 
     def _totals(self, records: list[Mapping[str, Tensor]]) -> dict[str, float]:
-        """Sums (and maxima) over micro-batches and replicas, equal on every rank; tensor ranks hold copies."""
+        """Sums (and maxima) over micro-batches and replicas, equal on every rank; ranks of one replica hold copies."""
         mine: dict[str, float] = {}
-        if parallel_state.get_tensor_model_parallel_rank() == 0:
+        if parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0:
             _accumulate(mine, [{name: float(value) for name, value in record.items()} for record in records])
         totals: dict[str, float] = {}
         _accumulate(totals, self._collectives.all_gather(mine))
         return totals
 
-    @torch.no_grad()
-    def _token_logprobs(self, chunks: list[torch.nn.Module], batch: TrainBatch) -> list[NDArray[np.float32]]:
-        def on_tokens(micro: MicroBatch, values: TokenValues) -> tuple[Tensor, Tensor]:
-            return values.logprobs.sum(), values.scatter(len(micro.input_ids))
 
-        records = run_schedule(chunks, batch.microbatches, self._distribution, on_tokens, forward_only=True)
-        values = records or [
-            torch.empty(len(micro.input_ids), dtype=torch.float32, device=device()) for micro in batch.microbatches
-        ]
-        last = parallel_state.get_pipeline_model_parallel_last_rank()
-        for value in values:
-            torch.distributed.broadcast(value, last, group=parallel_state.get_pipeline_model_parallel_group())
-        return [value.cpu().numpy() for value in values]
+@torch.no_grad()
+def batch_logprobs(
+    chunks: Sequence[torch.nn.Module], batch: TrainBatch, distribution: TokenDistribution
+) -> list[NDArray[np.float32]]:
+    """Log-probs of each micro-batch, [T], 0 outside its loss mask, on every rank of the replica. Collective."""
+
+    def on_tokens(micro: MicroBatch, values: TokenValues) -> tuple[Tensor, Tensor]:
+        return values.logprobs.sum(), values.scatter(len(micro.input_ids))
+
+    records = run_schedule(chunks, batch.microbatches, distribution, on_tokens, forward_only=True)
+    values = records or [
+        torch.empty(len(micro.input_ids), dtype=torch.float32, device=device()) for micro in batch.microbatches
+    ]
+    last = parallel_state.get_pipeline_model_parallel_last_rank()
+    for value in values:
+        torch.distributed.broadcast(value, last, group=parallel_state.get_pipeline_model_parallel_group())
+    return [value.cpu().numpy() for value in values]
 
 
 def _loss_inputs(micro: MicroBatch, values: TokenValues) -> LossInputs:

@@ -12,6 +12,7 @@ from megatron_mmrl.cluster import local
 from megatron_mmrl.commands import quickstart
 
 HF_CONFIG = {
+    "hidden_size": 64,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 256,
@@ -69,8 +70,9 @@ def test_eval_passes_the_checkpoint_on(config: str, started: Started) -> None:
         ("optim.lr=fast", "optim.lr='fast': expected a number"),
         (
             "parallel.tensor_model_parallel_size=3",
-            "parallel.tensor_model_parallel_size=3 does not divide num_attention_heads=4 of the model; "
-            "use one of [1, 2]",
+            "parallel.tensor_model_parallel_size=3 does not fit the model: it must divide num_attention_heads=4, "
+            "intermediate_size=256 and the 128 rows of queries, keys and values, and divide or be a multiple of "
+            "num_key_value_heads=2; use one of [1, 2, 4]",
         ),
         (
             "model.path=nowhere",

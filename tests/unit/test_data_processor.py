@@ -14,8 +14,8 @@ from PIL import Image
 from megatron_mmrl.config.data import DataConfig
 from megatron_mmrl.data.errors import BadPromptError, PromptTooLongError
 from megatron_mmrl.data.images import open_image
-from megatron_mmrl.data.lru import LruBytes
 from megatron_mmrl.data.processor import Processor, check_image_tokens
+from megatron_mmrl.lru import LruBytes
 from megatron_mmrl.models.tiny import make_tiny_checkpoint
 from megatron_mmrl.types import Message, Prompt
 from tests.unit.data_rows import bomb, encoded, picture

@@ -9,7 +9,13 @@ from megatron_mmrl.config.rollout import RolloutConfig
 from megatron_mmrl.parallel.layout import Coordinates, ParallelLayout, check_layout
 
 # Sizes of the published 7B model.
-TEXT = {"num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944, "num_hidden_layers": 28}
+TEXT = {
+    "hidden_size": 3584,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+}
 VISION = {"num_heads": 16}
 NESTED = {"text_config": TEXT, "vision_config": VISION}
 
@@ -62,18 +68,38 @@ def test_layout_of_a_config() -> None:
 def test_layouts_that_fit(hf_config: dict) -> None:
     check_layout(hf_config, config())
     check_layout(hf_config, config(4, tensor_model_parallel_size=4, pipeline_model_parallel_size=7))
+    check_layout(hf_config, config(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=7))
+    check_layout(hf_config, config(context_parallel_size=3))
+
+
+def test_tensor_ranks_may_share_key_value_heads() -> None:
+    """The published 3B model: 16 heads, 2 of keys and values."""
+    sizes = {
+        "hidden_size": 2048,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+    }
+    model = {"text_config": sizes, "vision_config": VISION}
+    for tensor in (1, 2, 4, 8, 16):
+        check_layout(model, config(tensor_model_parallel_size=tensor))
+    with pytest.raises(ValueError, match=r"num_key_value_heads=3; use one of \[1\]"):
+        check_layout(
+            {**model, "text_config": {**sizes, "num_key_value_heads": 3}}, config(tensor_model_parallel_size=4)
+        )
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"tensor_model_parallel_size": 3}, r"tensor_model_parallel_size=3 .* num_attention_heads=28 .* \[1, 2, 4\]"),
-        ({"tensor_model_parallel_size": 7}, r"tensor_model_parallel_size=7 .* num_key_value_heads=4 .* \[1, 2, 4\]"),
+        ({"tensor_model_parallel_size": 3}, r"tensor_model_parallel_size=3 .* num_attention_heads=28, .* \[1, 2, 4\]"),
+        ({"tensor_model_parallel_size": 7}, r"tensor_model_parallel_size=7 .* num_key_value_heads=4; .* \[1, 2, 4\]"),
+        ({"tensor_model_parallel_size": 8}, r"tensor_model_parallel_size=8 .* num_attention_heads=28, .* \[1, 2, 4\]"),
         ({"pipeline_model_parallel_size": 8}, r"pipeline_model_parallel_size=8 .* num_hidden_layers=28 .* 14, 28\]"),
-        ({"context_parallel_size": 2}, "context_parallel_size=2: context parallelism is not supported yet"),
         (
-            {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
-            "virtual_pipeline_model_parallel_size=2: the interleaved schedule is not supported yet",
+            {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 3},
+            r"virtual_pipeline_model_parallel_size=3 does not divide the 14 layers .* use one of \[2, 7, 14\]",
         ),
         ({"engine_tensor": 7}, r"rollout.tensor_parallel_size=7 .* num_heads=16.* use one of \[1, 2, 4\]"),
     ],

@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from megatron_mmrl.config.parallel import ParallelConfig
 from megatron_mmrl.config.trainer import TrainerConfig
 from megatron_mmrl.trainer.packing import InputRules, Packer, build_batch, build_microbatch, split_minibatches, unpack
-from megatron_mmrl.trainer.plan import Plan, plan_microbatches
-from megatron_mmrl.types import TrainSequence
+from megatron_mmrl.trainer.plan import Multiples, Plan, plan_microbatches
+from megatron_mmrl.types import MicroBatch, TrainSequence
 
 IMAGE, PAD = 99, 0
 
@@ -35,19 +36,28 @@ def sequence(ids: list[int], num_prompt: int = 1, advantage: float = 1.0, images
     )
 
 
+def lay_out(sequences: list[TrainSequence], indices: list[int], num_tokens: int, num_rows: int | None) -> MicroBatch:
+    lengths = tuple(len(sequence.ids) for sequence in sequences)
+    plan = Plan(lengths=lengths, microbatches=((tuple(indices),),), num_tokens=num_tokens, num_rows=num_rows)
+    return build_microbatch(sequences, indices, plan, RULES)
+
+
 def check_plan(plan: Plan, lengths: list[int], table: dict) -> None:
     replicas, budget, most = table["num_replicas"], table["max_tokens"], table["max_sequences"]
     assert len(plan.microbatches) == replicas
-    assert len({len(replica) for replica in plan.microbatches}) == 1
+    multiples = table["multiples"]
+    (num_microbatches,) = {len(replica) for replica in plan.microbatches}
+    assert num_microbatches % multiples.microbatches == 0
     bins = [indices for replica in plan.microbatches for indices in replica]
     assert sorted(index for indices in bins for index in indices) == list(range(len(lengths)))
     assert plan.num_tokens <= budget
     rows = plan.num_rows or 1
-    assert plan.num_tokens % (rows * table["multiple_of"]) == 0
+    assert plan.num_tokens % (rows * multiples.tokens) == 0
     for indices in bins:
         assert most is None or len(indices) <= most
         if plan.num_rows is None:
-            assert sum(lengths[index] for index in indices) <= plan.num_tokens
+            assert plan.slots(indices) == [-(-lengths[index] // multiples.slot) * multiples.slot for index in indices]
+            assert sum(plan.slots(indices)) <= plan.num_tokens
         else:
             assert len(indices) <= rows
             assert all(lengths[index] <= plan.num_tokens // rows for index in indices)
@@ -57,14 +67,15 @@ def check_plan(plan: Plan, lengths: list[int], table: dict) -> None:
 def test_random_plans_hold_every_promise(packing: bool):
     rng = np.random.default_rng(0)
     for _ in range(150):
-        multiple = int(rng.choice([1, 2, 4, 6]))
+        slot, tensor = int(rng.choice([1, 1, 4, 6])), int(rng.choice([1, 2, 3]))
+        multiples = Multiples(tokens=slot * tensor, slot=slot, microbatches=int(rng.choice([1, 1, 2, 3])))
         budget = int(rng.integers(32, 512))
-        lengths = rng.integers(1, budget - multiple, size=int(rng.integers(1, 60))).tolist()
+        lengths = rng.integers(1, budget - slot * tensor, size=int(rng.integers(1, 60))).tolist()
         table = {
             "num_replicas": int(rng.integers(1, 6)),
             "max_tokens": budget,
             "max_sequences": None if rng.random() < 0.5 else int(rng.integers(1, 5)),
-            "multiple_of": multiple,
+            "multiples": multiples,
         }
         plan = plan_microbatches(lengths, packing=packing, **table)
         check_plan(plan, lengths, table)
@@ -86,7 +97,9 @@ def test_first_fit_fills_what_spreading_evenly_cannot():
 
 
 def test_replicas_without_a_sequence_read_a_dummy():
-    plan = plan_microbatches([5], num_replicas=2, max_tokens=16, max_sequences=None, packing=True, multiple_of=4)
+    plan = plan_microbatches(
+        [5], num_replicas=2, max_tokens=16, max_sequences=None, packing=True, multiples=Multiples(tokens=4)
+    )
     assert sorted(plan.microbatches) == [((),), ((0,),)]
     for packed in (plan, plan_microbatches([5], num_replicas=2, max_tokens=16, max_sequences=None, packing=False)):
         idle = packed.microbatches.index(((),))
@@ -108,7 +121,9 @@ def test_attention_work_is_dealt_evenly():
 
 def test_impossible_plans_name_both_numbers():
     with pytest.raises(ValueError, match=r"sequence 1 has 11 tokens but a micro-batch holds 8 .*=10"):
-        plan_microbatches([3, 11], num_replicas=1, max_tokens=10, max_sequences=None, packing=True, multiple_of=4)
+        plan_microbatches(
+            [3, 11], num_replicas=1, max_tokens=10, max_sequences=None, packing=True, multiples=Multiples(tokens=4)
+        )
     with pytest.raises(ValueError, match="no sequences"):
         plan_microbatches([], num_replicas=1, max_tokens=8, max_sequences=None, packing=True)
 
@@ -118,7 +133,7 @@ def test_long_tailed_lengths_are_packed_tightly(scale: int, budget: int, least: 
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(scale), 0.5, 1024), 16, budget).astype(int).tolist()
     plan = plan_microbatches(
-        lengths, num_replicas=8, max_tokens=budget, max_sequences=None, packing=True, multiple_of=8
+        lengths, num_replicas=8, max_tokens=budget, max_sequences=None, packing=True, multiples=Multiples(tokens=8)
     )
     assert plan.utilisation >= least
     work = [
@@ -131,7 +146,7 @@ def test_long_tailed_lengths_are_packed_tightly(scale: int, budget: int, least: 
 
 def test_packed_layout_by_hand():
     sequences = [sequence([1, 2, 3], advantage=2.0), sequence([4, IMAGE, 5], num_prompt=2, images=1)]
-    micro = build_microbatch(sequences, [1, 0], num_tokens=8, num_rows=None, rules=RULES)
+    micro = lay_out(sequences, [1, 0], num_tokens=8, num_rows=None)
     assert micro.input_ids.tolist() == [4, IMAGE, 5, 1, 2, 3, PAD, PAD]
     assert micro.cu_seqlens.tolist() == [0, 3, 6, 8]
     assert micro.cu_seqlens.dtype == np.int32
@@ -148,14 +163,50 @@ def test_packed_layout_by_hand():
     assert (micro.old_logprobs, micro.ref_logprobs, micro.num_rows) == (None, None, None)
 
 
+def test_slots_that_context_ranks_can_divide_by_hand():
+    sequences = [sequence([1, 2, 3]), sequence([4, 5, 6, 7, 8])]
+    plan = plan_microbatches(
+        [3, 5], num_replicas=1, max_tokens=32, max_sequences=None, packing=True, multiples=Multiples(tokens=8, slot=4)
+    )
+    assert plan.num_tokens == 16  # slots of 4 and 8, and 4 of padding
+    (micro,) = build_batch(sequences, plan, 0, RULES).microbatches
+    assert micro.input_ids.tolist() == [1, 2, 3, PAD, 4, 5, 6, 7, 8, PAD, PAD, PAD, PAD, PAD, PAD, PAD]
+    assert micro.cu_seqlens.tolist() == [0, 4, 12, 16]
+    assert micro.position_ids[0].tolist() == [100, 101, 102, 3, 100, 101, 102, 103, 104, 5, 6, 7, 0, 1, 2, 3]
+    assert micro.loss_mask.nonzero()[0].tolist() == [1, 2, 5, 6, 7, 8]
+    back = unpack([np.arange(16, dtype=np.float32)], plan, 0)
+    assert {index: values.tolist() for index, values in back.items()} == {0: [0, 1, 2], 1: [4, 5, 6, 7, 8]}
+
+
+def test_interleaved_stages_get_a_multiple_of_micro_batches():
+    # one micro-batch would hold all 9 tokens; a pipeline of 4 stages gets 4, the longest as short as possible
+    plan = plan_microbatches(
+        [4, 3, 2], num_replicas=1, max_tokens=16, max_sequences=None, packing=True, multiples=Multiples(microbatches=4)
+    )
+    assert sorted(plan.microbatches[0]) == [(), (0,), (1,), (2,)]
+    assert plan.num_tokens == 4
+
+
+def test_multiples_of_parallel_sizes():
+    def of(**sizes: int | bool) -> Multiples:
+        return Multiples.of(ParallelConfig(**sizes))
+
+    assert of() == Multiples()
+    assert of(tensor_model_parallel_size=4) == Multiples(tokens=4)
+    assert of(tensor_model_parallel_size=4, sequence_parallel=False) == Multiples()
+    assert of(tensor_model_parallel_size=2, context_parallel_size=3) == Multiples(tokens=12, slot=6)
+    assert of(pipeline_model_parallel_size=3) == Multiples()
+    assert of(pipeline_model_parallel_size=3, virtual_pipeline_model_parallel_size=2) == Multiples(microbatches=3)
+
+
 def test_a_full_pack_has_no_dummy():
-    micro = build_microbatch([sequence([1, 2, 3])], [0], num_tokens=3, num_rows=None, rules=RULES)
+    micro = lay_out([sequence([1, 2, 3])], [0], num_tokens=3, num_rows=None)
     assert micro.cu_seqlens.tolist() == [0, 3]
 
 
 def test_padded_layout_by_hand():
     sequences = [sequence([1, 2, 3]), sequence([4, 5])]
-    micro = build_microbatch(sequences, [0, 1], num_tokens=12, num_rows=3, rules=RULES)
+    micro = lay_out(sequences, [0, 1], num_tokens=12, num_rows=3)
     assert micro.input_ids.reshape(3, 4).tolist() == [[1, 2, 3, PAD], [4, 5, PAD, PAD], [PAD] * 4]
     assert micro.cu_seqlens.tolist() == [0, 4, 8, 12]
     assert micro.position_ids[0].reshape(3, 4).tolist() == [[100, 101, 102, 3], [100, 101, 2, 3], [0, 1, 2, 3]]
@@ -169,16 +220,16 @@ def test_padded_layout_by_hand():
 def test_old_and_reference_logprobs_travel_with_all_sequences_or_none():
     plain, other = sequence([1, 2]), sequence([3, 4, 5])
     with_old = replace(plain, old_logprobs=np.array([0, -7], np.float32))
-    micro = build_microbatch([with_old], [0], num_tokens=3, num_rows=None, rules=RULES)
+    micro = lay_out([with_old], [0], num_tokens=3, num_rows=None)
     assert micro.old_logprobs.tolist() == [0, -7, 0]
     assert micro.ref_logprobs is None
     with pytest.raises(ValueError, match="1 of 2 sequences carry old_logprobs"):
-        build_microbatch([with_old, other], [0, 1], num_tokens=8, num_rows=None, rules=RULES)
+        lay_out([with_old, other], [0, 1], num_tokens=8, num_rows=None)
 
 
 def test_images_that_do_not_match_their_tokens_are_refused():
     def build(bad: TrainSequence) -> None:
-        build_microbatch([sequence([1, 2]), bad], [0, 1], num_tokens=8, num_rows=None, rules=RULES)
+        lay_out([sequence([1, 2]), bad], [0, 1], num_tokens=8, num_rows=None)
 
     good = sequence([4, IMAGE, 5], num_prompt=2, images=1)
     build(good)
@@ -199,7 +250,12 @@ def test_what_is_spread_over_replicas_comes_back(packing: bool):
     loss_tokens = 0
     for replica in range(3):
         packer = Packer(
-            trainer=config, num_replicas=3, replica=replica, multiple_of=2, rules=RULES, speaks_for_replica=True
+            trainer=config,
+            num_replicas=3,
+            replica=replica,
+            multiples=Multiples(tokens=8, slot=4, microbatches=2),
+            rules=RULES,
+            speaks_for_replica=True,
         )
         packed = packer.pack(sequences)
         share = packed.unpack([micro.rollout_logprobs for micro in packed.batch.microbatches])

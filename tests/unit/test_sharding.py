@@ -19,6 +19,34 @@ def test_qkv_goes_group_by_group() -> None:
     assert rule.split([q, k, v], 1, 2).tolist() == [12, 13, 21, 31]
 
 
+def test_qkv_rows_are_cut_inside_a_group_where_ranks_outnumber_groups() -> None:
+    """2 heads in 1 group, head dimension 3: 12 rows q0 q0 q0 q1 q1 q1 k k k v v v, and 4 ranks."""
+    rule = QKV(heads=2, groups=1, head_dim=3)
+    q, k, v = numbered(6, 1), numbered(3, 1, first=10), numbered(3, 1, first=20)
+    shards = [rule.split([q, k, v], rank, 4).flatten().tolist() for rank in range(4)]
+    assert shards == [[0, 1, 2], [3, 4, 5], [10, 11, 12], [20, 21, 22]]
+    shards = [rule.split([q, k, v], rank, 3).flatten().tolist() for rank in range(3)]
+    assert shards == [[0, 1, 2, 3], [4, 5, 10, 11], [12, 20, 21, 22]]
+
+
+class OnlySlices:
+    """A file's tensor: knows its shape, and counts the rows that are read."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor, self.shape, self.rows_read = tensor, tensor.shape, 0
+
+    def __getitem__(self, key: slice) -> torch.Tensor:
+        self.rows_read += self._tensor[key].shape[0]
+        return self._tensor[key]
+
+
+def test_a_rank_reads_its_share_and_no_more() -> None:
+    rule = QKV(heads=8, groups=2, head_dim=2)
+    full = [OnlySlices(numbered(rows, 3)) for rows in (16, 4, 4)]
+    assert rule.split(full, 2, 8).shape == (3, 3)
+    assert sum(tensor.rows_read for tensor in full) == 3
+
+
 def test_gate_and_up_are_halved_before_they_are_joined() -> None:
     gate, up = torch.tensor([1.0, 2, 3, 4]), torch.tensor([5.0, 6, 7, 8])
     assert GateUp().split([gate, up], 1, 2).tolist() == [3, 4, 7, 8]
@@ -40,6 +68,7 @@ CASES = {
     "row": (Row(), [(3, 8)]),
     "qkv weight": (QKV(heads=8, groups=4, head_dim=3), [(24, 5), (12, 5), (12, 5)]),
     "qkv bias": (QKV(heads=8, groups=4, head_dim=3), [(24,), (12,), (12,)]),
+    "qkv weight, shared heads": (QKV(heads=4, groups=1, head_dim=6), [(24, 5), (6, 5), (6, 5)]),
     "gate and up": (GateUp(), [(8, 5), (8, 5)]),
     "vocabulary": (Vocab(9), [(9, 5)]),
 }

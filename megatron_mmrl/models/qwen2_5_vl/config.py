@@ -64,7 +64,7 @@ def transformer_config(config: Qwen2_5_VLConfig, parallel: ParallelConfig, model
     """Megatron's view of the language model.
 
     Weights are left uninitialised (they are loaded). ``calculate_per_token_loss`` makes gradients plain sums over
-    micro-batches and data-parallel ranks. Every fused kernel is off: they need CUDA, and two of them Apex.
+    micro-batches, data- and context-parallel ranks. Every fused kernel is off: they need CUDA, and two of them Apex.
     """
     text, dtype = config.text_config, dtype_of(model.dtype)
     return TransformerConfig(
@@ -91,12 +91,25 @@ def transformer_config(config: Qwen2_5_VLConfig, parallel: ParallelConfig, model
         bf16=dtype is torch.bfloat16,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        **_exchange(parallel),
+        context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         **_recompute(model),
     )
+
+
+def _exchange(parallel: ParallelConfig) -> dict[str, bool]:
+    """How stages exchange activations and gradients.
+
+    With two stages the next one is also the previous one, and the interleaved schedule sends both ways at once: in
+    batches (Megatron's default, seen in 0.16.1 on gloo) gradients are then taken for activations, silently.
+    """
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    return {"batch_p2p_comm": not interleaved, "overlap_p2p_comm": interleaved}
 
 
 def _recompute(model: ModelConfig) -> dict[str, object]:

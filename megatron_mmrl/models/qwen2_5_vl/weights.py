@@ -40,12 +40,16 @@ def weight_table(names: Iterable[str], sizes: TextSizes, first_layer: int) -> di
 
 def _layer_rows(sizes: TextSizes) -> dict[str, tuple[tuple[str, ...], Rule]]:
     qkv = QKV(heads=sizes.heads, groups=sizes.groups, head_dim=sizes.head_dim)
+    before_attention = (("input_layernorm.weight",), Replicated())
+    before_mlp = (("post_attention_layernorm.weight",), Replicated())
     return {
-        "input_layernorm.weight": (("input_layernorm.weight",), Replicated()),
+        "input_layernorm.weight": before_attention,
+        "self_attention.linear_qkv.layer_norm_weight": before_attention,  # Transformer Engine's name
         "self_attention.linear_qkv.weight": (tuple(f"self_attn.{x}_proj.weight" for x in "qkv"), qkv),
         "self_attention.linear_qkv.bias": (tuple(f"self_attn.{x}_proj.bias" for x in "qkv"), qkv),
         "self_attention.linear_proj.weight": (("self_attn.o_proj.weight",), Row()),
-        "pre_mlp_layernorm.weight": (("post_attention_layernorm.weight",), Replicated()),
+        "pre_mlp_layernorm.weight": before_mlp,
+        "mlp.linear_fc1.layer_norm_weight": before_mlp,  # Transformer Engine's name
         "mlp.linear_fc1.weight": (("mlp.gate_proj.weight", "mlp.up_proj.weight"), GateUp()),
         "mlp.linear_fc2.weight": (("mlp.down_proj.weight",), Row()),
     }

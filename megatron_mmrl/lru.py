@@ -19,6 +19,9 @@ class LruBytes(Generic[V]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
     def get(self, key: str) -> V | None:
         """The value, now the most recently used one; None where it is not kept."""
         if key not in self._entries:
