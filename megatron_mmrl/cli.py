@@ -24,8 +24,10 @@ _COMMANDS = {
     "quickstart": "quickstart",
     "train": "train",
     "eval": "evaluate",
+    "doctor layout": "doctor_layout",
+    "doctor parity": "doctor_parity",
 }
-_GROUPS: Mapping[str, str] = {}
+_GROUPS = {"doctor": "check a layout or a checkpoint before trusting it"}
 _STYLE: Mapping[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
 
 
@@ -40,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ValueError as error:  # what a command found wrong while it ran; its text says what to do
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted (SIGINT)", file=sys.stderr)
         return 130

@@ -12,7 +12,7 @@ from megatron_mmrl import cli
 from megatron_mmrl.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set((ROOT / "configs" / "models").iterdir()))
 PAGES = [
     page
     for page in (

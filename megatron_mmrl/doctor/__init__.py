@@ -1,0 +1,1 @@
+"""Checks that a user runs before trusting a layout or a checkpoint."""

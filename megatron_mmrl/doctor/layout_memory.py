@@ -1,0 +1,48 @@
+"""Bytes that a rank's parameters cost in training: weights, gradients and optimizer state. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+DType = Literal["float32", "bfloat16"]
+_WEIGHT = {"float32": 4, "bfloat16": 2}
+_GRADIENT = 4
+# Adam's two moments; bfloat16 weights have a float32 master copy besides.
+_STATE = {"float32": 8, "bfloat16": 12}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankBytes:
+    """Of one rank; activations and what Megatron rounds its buffers up by come on top."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+def rank_bytes(num_parameters: int, num_trained: int, dtype: DType, optimizer_ranks: int) -> RankBytes:
+    """Bytes of a rank that holds ``num_parameters`` and trains ``num_trained`` of them.
+
+    Weights and float32 gradients are whole on every rank; the distributed optimizer divides its state over the
+    ``optimizer_ranks`` that hold the same parameters (data x context).
+    """
+    return RankBytes(
+        weights=num_parameters * _WEIGHT[dtype],
+        gradients=num_trained * _GRADIENT,
+        optimizer=-(-num_trained * _STATE[dtype] // optimizer_ranks),
+    )
+
+
+def formula(dtype: DType, optimizer_ranks: int) -> str:
+    """The same in words."""
+    held = "two float32 moments" if dtype == "float32" else "float32 master copy and two moments"
+    return (
+        f"Bytes a parameter: weights {_WEIGHT[dtype]} ({dtype}); if trained, gradient {_GRADIENT} (float32) and "
+        f"optimizer {_STATE[dtype]} / {optimizer_ranks} ({held}, over data x context ranks).\n"
+        "Activations and the rounding of Megatron's buffers come on top."
+    )
