@@ -1,8 +1,10 @@
-"""Token log-probs and entropies straight from hidden states, a few rows of logits at a time.
+"""Token log-probs and entropies straight from hidden states: the logits exist only one small tile at a time.
 
-The distribution is softmax(mask(logits) / temperature), the one that the engine samples from. The vocabulary is split
-over the tensor-parallel ranks; per chunk of rows two small all-reduces (a maximum, then three sums) join the shards.
-Backward recomputes each chunk, so neither pass ever holds more than ``chunk_tokens`` rows of logits.
+The distribution is softmax(mask(logits) / temperature), the one that the engine samples from. The vocabulary is cut
+into tiles, and running sums over them (online softmax: Milakov and Gimelshein 2018, "Online normalizer calculation for
+softmax") are moved to a new maximum when one is found; the tensor-parallel ranks join theirs in the same way, with two
+all-reduces for all rows together. Backward makes each tile again, as FlashAttention does, so that neither pass holds
+more than ``chunk_tokens`` rows of one tile, and each row of the weight's gradient is finished before the next begins.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
 _EXCLUDED = -1e30  # logit of a token that cannot be drawn: exp gives exactly 0 and 0 x it stays 0, unlike -inf
+_TILE_COLUMNS_CPU = 2048  # a tile stays in the caches; smaller ones are no faster
+_TILE_COLUMNS_GPU = 16384  # a kernel's launch must be short beside its work
 
 
 def token_logprobs(  # noqa: PLR0913  # nine independent facts, none of which a dataclass would name better
@@ -58,38 +62,61 @@ def token_logprobs(  # noqa: PLR0913  # nine independent facts, none of which a 
     if len(hidden) != len(targets):
         raise ValueError(f"{len(hidden)} rows of hidden states but {len(targets)} targets")
     head = _Head(
-        offsets=_offsets(weight, vocab_start, banned, vocab_size),
-        vocab_start=vocab_start,
+        tiles=_tiles(weight, vocab_start, banned, vocab_size),
         temperature=temperature,
         group=group,
         chunk_tokens=chunk_tokens,
+        dtype=torch.promote_types(weight.dtype, torch.float32),
     )
-    return _TokenLogprobs.apply(hidden, weight, targets, head)
+    return _TokenLogprobs.apply(hidden, weight, targets - vocab_start, head)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tile:
+    """Neighbouring columns of this rank's logits."""
+
+    columns: slice
+    excluded: Tensor  # i64[...], those of its columns, counted within the tile, that cannot be drawn
+
+    @property
+    def width(self) -> int:
+        return self.columns.stop - self.columns.start
+
+    def find(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Column of each target within the tile (0 where it is not here), and whether it is here."""
+        local = targets - self.columns.start
+        here = (local >= 0) & (local < self.width)
+        return local.where(here, 0)[:, None], here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Head:
     """What turns hidden states into this rank's shard of the distribution, but for the weight."""
 
-    offsets: Tensor  # [V / tensor size], added to the logits: 0 or _EXCLUDED
-    vocab_start: int
+    tiles: tuple[_Tile, ...]
     temperature: float
     group: ProcessGroup | None
     chunk_tokens: int
+    dtype: torch.dtype  # of logits, sums and results
 
-    def chunks(self, num_rows: int) -> Iterator[slice]:
-        return (slice(start, start + self.chunk_tokens) for start in range(0, num_rows, self.chunk_tokens))
+    def rows(self, hidden: Tensor) -> Iterator[slice]:
+        return (slice(start, start + self.chunk_tokens) for start in range(0, len(hidden), self.chunk_tokens))
 
-    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """Shard of the masked logits / temperature, [C, V / tensor size], in the dtype of the offsets."""
-        logits = (hidden @ weight.t()).to(self.offsets.dtype)
-        return torch.add(self.offsets, logits, alpha=1 / self.temperature, out=logits)
+    def scratch(self, hidden: Tensor) -> Tensor:
+        """Room for two tiles of logits, used again and again: fresh memory would cost page faults for each."""
+        size = min(self.chunk_tokens, len(hidden)) * max(tile.width for tile in self.tiles)
+        return torch.empty(2, size, dtype=self.dtype, device=hidden.device)
 
-    def columns(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Column of each target in this shard (0 where it is not here), and whether it is here."""
-        local = targets - self.vocab_start
-        here = (local >= 0) & (local < len(self.offsets))
-        return local.where(here, 0), here
+    def logits(self, hidden: Tensor, shard: Tensor, tile: _Tile, scratch: Tensor) -> tuple[Tensor, Tensor]:
+        """Masked logits / temperature, [C, tile], of the weight rows ``shard``; and as much memory to work in."""
+        logits, spare = (half[: len(hidden) * tile.width].view(-1, tile.width) for half in scratch)
+        if hidden.dtype == self.dtype:
+            torch.addmm(logits, hidden, shard.t(), beta=0, alpha=1 / self.temperature, out=logits)
+        else:
+            logits.copy_(hidden @ shard.t()).mul_(1 / self.temperature)
+        if len(tile.excluded):
+            logits.index_fill_(1, tile.excluded, _EXCLUDED)
+        return logits, spare
 
     def reduce(self, values: Tensor, op: ReduceOp.RedOpType) -> Tensor:
         if self.group is not None:
@@ -97,28 +124,49 @@ class _Head:
         return values
 
 
+class _Sums:
+    """Of each row, over the columns seen so far: the peak, sum exp(z - peak) and sum exp(z - peak) (z - peak)."""
+
+    def __init__(self, num_rows: int, like: Tensor) -> None:
+        self.peak = like.new_full((num_rows,), _EXCLUDED)
+        self.total, self.moment = like.new_zeros(2, num_rows)
+
+    def move(self, rows: slice, peak: Tensor) -> None:
+        """Make the sums relative to another peak, at least as high."""
+        shift = self.peak[rows] - peak
+        scale = shift.exp()
+        self.moment[rows] = scale * (self.moment[rows] + shift * self.total[rows])
+        self.total[rows] *= scale
+        self.peak[rows] = peak
+
+    def add(self, rows: slice, logits: Tensor, spare: Tensor) -> None:
+        """Take in more columns; both arguments are overwritten."""
+        self.move(rows, torch.maximum(self.peak[rows], logits.amax(dim=1)))
+        logits.sub_(self.peak[rows, None])
+        torch.exp(logits, out=spare)
+        self.total[rows] += spare.sum(dim=1)
+        self.moment[rows] += spare.mul_(logits).sum(dim=1)
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """With z the scaled, masked logits: d log p_y / d z_v = [v = y] - p_v and d H / d z_v = -p_v (log p_v + H)."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: _Head) -> tuple[Tensor, Tensor]:
-        logprobs = torch.empty(len(hidden), dtype=head.offsets.dtype, device=hidden.device)
-        entropy, log_total = torch.empty_like(logprobs), torch.empty_like(logprobs)
-        for rows in head.chunks(len(hidden)):
-            logits = head.logits(hidden[rows], weight)
-            peak = head.reduce(logits.amax(dim=1), ReduceOp.MAX)
-            logits.sub_(peak[:, None])
-            column, here = head.columns(targets[rows])
-            target = logits.gather(1, column[:, None]).squeeze(1).where(here, 0.0)
-            weights = logits.exp()
-            total = weights.sum(dim=1)
-            sums = head.reduce(torch.stack([total, weights.mul_(logits).sum(dim=1), target]), ReduceOp.SUM)
-            log_sum = sums[0].log()
-            logprobs[rows] = sums[2] - log_sum
-            entropy[rows] = log_sum - sums[1] / sums[0]
-            log_total[rows] = log_sum + peak
-        logprobs.masked_fill_(logprobs < _EXCLUDED / 2, -torch.inf)
-        ctx.save_for_backward(hidden, weight, targets, log_total, entropy)
+        scratch = head.scratch(hidden)
+        sums, target = _Sums(len(hidden), scratch), scratch.new_zeros(len(hidden))
+        for tile in head.tiles:
+            for rows in head.rows(hidden):
+                logits, spare = head.logits(hidden[rows], weight[tile.columns], tile, scratch)
+                column, here = tile.find(targets[rows])
+                target[rows] += logits.gather(1, column).squeeze(1).where(here, 0.0)
+                sums.add(rows, logits, spare)
+        sums.move(slice(None), head.reduce(sums.peak.clone(), ReduceOp.MAX))
+        total, moment, target = head.reduce(torch.stack([sums.total, sums.moment, target]), ReduceOp.SUM)
+        log_sum = total.log()
+        entropy = log_sum - moment / total
+        logprobs = (target - sums.peak - log_sum).masked_fill_(target < _EXCLUDED / 2, -torch.inf)
+        ctx.save_for_backward(hidden, weight, targets, log_sum + sums.peak, entropy)
         ctx.head = head
         ctx.set_materialize_grads(False)
         return logprobs, entropy
@@ -127,40 +175,76 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, log_total, entropy = ctx.saved_tensors
         head: _Head = ctx.head
-        grad_logprobs = torch.zeros_like(entropy) if grad_logprobs is None else grad_logprobs / head.temperature
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=head.offsets.dtype) if ctx.needs_input_grad[1] else None
-        for rows in head.chunks(len(hidden)):
-            log_probs = head.logits(hidden[rows], weight).sub_(log_total[rows, None])
-            grad = log_probs.exp().mul_(grad_logprobs[rows, None])
-            if grad_entropy is not None:
-                slope = grad_entropy[rows, None] / head.temperature
-                grad += log_probs.exp() * (log_probs + entropy[rows, None]) * slope
-            grad.neg_()
-            column, here = head.columns(targets[rows])
-            grad.scatter_add_(1, column[:, None], grad_logprobs[rows].where(here, 0.0)[:, None])
-            grad = grad.to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[rows])
-            if grad_weight is not None:
-                _add_product(grad_weight, grad.t(), hidden[rows])
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+        slopes = _Slopes.of(grad_logprobs, grad_entropy, entropy, head.temperature)
+        scratch = head.scratch(hidden)
+        grad_hidden = torch.zeros_like(hidden, dtype=head.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for tile in head.tiles:
+            shard = weight[tile.columns]
+            shard_grad = None if grad_weight is None else _accumulator(grad_weight[tile.columns], head.dtype)
+            for rows in head.rows(hidden):
+                logits, spare = head.logits(hidden[rows], shard, tile, scratch)
+                column, here = tile.find(targets[rows])
+                grad = slopes.at(rows, logits.sub_(log_total[rows, None]), spare)
+                grad.scatter_add_(1, column, slopes.target[rows].where(here, 0.0)[:, None])
+                grad = grad.to(hidden.dtype)
+                if grad_hidden is not None:
+                    _add_product(grad_hidden[rows], grad, shard)
+                if shard_grad is not None:
+                    _add_product(shard_grad, grad.t(), hidden[rows])
+            if grad_weight is not None and shard_grad is not None and shard_grad.dtype != weight.dtype:
+                grad_weight[tile.columns] = shard_grad
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None, None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Slopes:
+    """Of each row, what makes d loss / d z_v = [v = y] target - p_v (shift + slope log p_v)."""
+
+    target: Tensor  # [N], as all three
+    shift: Tensor
+    slope: Tensor | None  # None: the loss does not use the entropy
+
+    @classmethod
+    def of(cls, logprobs: Tensor | None, entropies: Tensor | None, entropy: Tensor, temperature: float) -> _Slopes:
+        """From d loss / d log-prob and d loss / d entropy, [N]; None where the loss does not use them."""
+        target = torch.zeros_like(entropy) if logprobs is None else logprobs / temperature
+        if entropies is None:
+            return cls(target=target, shift=target, slope=None)
+        slope = entropies / temperature
+        return cls(target=target, shift=target + slope * entropy, slope=slope)
+
+    def at(self, rows: slice, log_probs: Tensor, spare: Tensor) -> Tensor:
+        """The part of the gradient that all columns have, [C, tile], in ``spare``; ``log_probs`` is overwritten."""
+        probs = torch.exp(log_probs, out=spare)
+        if self.slope is None:
+            return probs.mul_(-self.shift[rows, None])
+        return probs.mul_(log_probs.mul_(-self.slope[rows, None]).sub_(self.shift[rows, None]))
+
+
+def _accumulator(zeros: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where products are summed in ``dtype``: in place if that is the dtype of ``zeros``."""
+    return zeros if zeros.dtype == dtype else zeros.to(dtype)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right; in place where the dtypes allow it, since ``total`` is as large as the output layer."""
+    """total += left @ right, in place where the dtypes allow it."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:
         total += left @ right
 
 
-def _offsets(weight: Tensor, vocab_start: int, banned: Tensor | None, vocab_size: int) -> Tensor:
-    """0 for tokens of this shard that can be drawn, else _EXCLUDED, in the dtype the logits are used in."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    offsets = torch.zeros(len(weight), dtype=dtype, device=weight.device)
-    offsets[max(0, vocab_size - vocab_start) :] = _EXCLUDED
+def _tiles(weight: Tensor, vocab_start: int, banned: Tensor | None, vocab_size: int) -> tuple[_Tile, ...]:
+    """Tiles over the columns of this shard; those of padding and of banned tokens are excluded."""
+    width = _TILE_COLUMNS_CPU if weight.device.type == "cpu" else _TILE_COLUMNS_GPU
+    num_real = min(max(0, vocab_size - vocab_start), len(weight))
+    excluded = torch.arange(num_real, len(weight))
     if banned is not None:
-        local = banned.to(weight.device).flatten() - vocab_start
-        offsets[local[(local >= 0) & (local < len(weight))]] = _EXCLUDED
-    return offsets
+        excluded = torch.cat([excluded, banned.flatten().cpu() - vocab_start])
+    tiles = []
+    for start in range(0, len(weight), width):
+        columns = slice(start, min(start + width, len(weight)))
+        inside = excluded[(excluded >= columns.start) & (excluded < columns.stop)] - start
+        tiles.append(_Tile(columns=columns, excluded=inside.to(weight.device)))
+    return tuple(tiles)
