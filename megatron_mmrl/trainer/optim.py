@@ -57,7 +57,10 @@ def build_optimizer(
         overlap_param_gather=parallel.overlap_param_gather,
     )
     overrides = get_standard_config_overrides(config) | _rate_overrides(optim.lr_scale)
-    return get_megatron_optimizer(config, chunks, overrides)
+    optimizer = get_megatron_optimizer(config, chunks, overrides)
+    for group in optimizer.param_groups:  # none for norms and biases; in Megatron its own schedule would do it
+        group["weight_decay"] = optim.weight_decay * group["wd_mult"]
+    return optimizer
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
