@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 from megatron_mmrl.models.qwen2_5_vl.config import TextSizes
+from megatron_mmrl.parallel.layout import ParallelLayout
 from megatron_mmrl.parallel.sharding import QKV, GateUp, Replicated, Row, Rule, Vocab, WeightEntry
 
+_LAYER_PARAMETERS = (
+    "input_layernorm.weight",
+    "self_attention.linear_qkv.weight",
+    "self_attention.linear_qkv.bias",
+    "self_attention.linear_proj.weight",
+    "pre_mlp_layernorm.weight",
+    "mlp.linear_fc1.weight",
+    "mlp.linear_fc2.weight",
+)
 _LAYER = re.compile(r"language_model\.decoder\.layers\.(\d+)\.(.+)")
 
 
@@ -36,6 +47,30 @@ def weight_table(names: Iterable[str], sizes: TextSizes, first_layer: int) -> di
         else:
             raise ValueError(f"parameter {name} has no row in the weight table of qwen2_5_vl")
     return table
+
+
+def stage_table(
+    sizes: TextSizes, num_layers: int, vision_names: Sequence[str], layout: ParallelLayout
+) -> Iterator[tuple[int, int, WeightEntry]]:
+    """(pipeline stage, chunk, entry) of every parameter that a layout's ranks hold, without building a model.
+
+    Args:
+        num_layers: of the language model; a multiple of stages x chunks.
+        vision_names: the vision tower's tensors, by original name.
+    """
+    stages, chunks = layout.pipeline, layout.virtual_pipeline
+    per_chunk = num_layers // (stages * chunks)
+    layer_names = [f"language_model.decoder.layers.{n}.{name}" for n in range(per_chunk) for name in _LAYER_PARAMETERS]
+    for chunk, stage in itertools.product(range(chunks), range(stages)):
+        names = list(layer_names)
+        if chunk == stage == 0:
+            names = [*vision_names, "language_model.embedding.word_embeddings.weight", *names]
+        if (chunk, stage) == (chunks - 1, stages - 1):
+            # A tied output layer on the stage of the embedding is no parameter of its own.
+            output = ["language_model.output_layer.weight"] if stages > 1 or not sizes.tied else []
+            names += ["language_model.decoder.final_layernorm.weight", *output]
+        table = weight_table(names, sizes, first_layer=(chunk * stages + stage) * per_chunk)
+        yield from ((stage, chunk, entry) for entry in table.values())
 
 
 def _layer_rows(sizes: TextSizes) -> dict[str, tuple[tuple[str, ...], Rule]]:
