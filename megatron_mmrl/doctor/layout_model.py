@@ -9,13 +9,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 import yaml
 
 import megatron_mmrl
-from megatron_mmrl.compat import declare_torchvision_ops
 from megatron_mmrl.config import ConfigError
-from megatron_mmrl.models.hf_io import to_original
+from megatron_mmrl.models.qwen2_5_vl import stored
+from megatron_mmrl.models.qwen2_5_vl.config import load_config
 from megatron_mmrl.models.registry import MODELS
 
 MODELS_DIR = Path(megatron_mmrl.__file__).parent.parent / "configs" / "models"
@@ -57,13 +56,5 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def hf_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of the Hugging Face model, by original name, a tied output layer left out.
-
-    The model is transformers' own, on meta tensors: it takes no memory.
-    """
-    declare_torchvision_ops()
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained(path, local_files_only=True))
-    return {to_original(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    """Shape of every tensor of the Hugging Face model, by original name, a tied output layer left out."""
+    return stored.hf_shapes(load_config(path))

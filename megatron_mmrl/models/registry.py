@@ -18,7 +18,9 @@ from megatron_mmrl.config.model import ModelConfig
 from megatron_mmrl.config.parallel import ParallelConfig
 
 if TYPE_CHECKING:
+    from megatron_mmrl.models.hf_io import TensorReader
     from megatron_mmrl.models.qwen2_5_vl.model import Qwen25VL
+    from megatron_mmrl.models.stored import StoredModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,12 +31,15 @@ class ModelSpec:
     """(path, parallel, model) -> list of chunks."""
     position_ids: str
     """(ids, image_grid_thw, *, image_token_id, merge_size) -> int64 [3, L]."""
+    stored: str
+    """(path) -> StoredModel."""
 
 
 MODELS: dict[str, ModelSpec] = {
     "qwen2_5_vl": ModelSpec(
         build="megatron_mmrl.models.qwen2_5_vl.model:build",
         position_ids="megatron_mmrl.models.qwen2_5_vl.mrope:position_ids",
+        stored="megatron_mmrl.models.qwen2_5_vl.stored:describe",
     ),
 }
 
@@ -95,17 +100,49 @@ def build_model(path: str | Path, *, parallel: ParallelConfig, model: ModelConfi
     return build(Path(path), parallel, model)
 
 
+def stored_model(path: str | Path) -> StoredModel:
+    """How the model of a checkpoint lies in a Megatron distributed checkpoint. Raises ValueError as ``build_model``."""
+    return _resolve(MODELS[read_hf_config(path)["model_type"]].stored)(Path(path))
+
+
+def load_model_weights(chunks: Sequence[Qwen25VL], path: str | Path) -> None:
+    """Fill the chunks from a checkpoint of Hugging Face or of Megatron, whichever is there; see the functions below."""
+    from megatron_mmrl.models.dist_metadata import is_megatron
+
+    load = load_megatron_weights if is_megatron(Path(path)) else load_hf_weights
+    load(chunks, path)
+
+
 def load_hf_weights(chunks: Sequence[Qwen25VL], path: str | Path) -> None:
     """Fill the chunks from a checkpoint in either naming scheme; each rank reads only its shards.
 
     Raises:
         ValueError: a tensor is missing or has another shape than the model.
     """
+    from megatron_mmrl.models.hf_io import HFReader
+
+    _load_parameters(chunks, HFReader(Path(path)))
+
+
+def load_megatron_weights(chunks: Sequence[Qwen25VL], path: str | Path) -> None:
+    """Fill the chunks from a Megatron distributed checkpoint of any layout; each rank reads only its shards.
+
+    Args:
+        path: as ``mmrl convert hf-to-megatron`` writes it, with ``config.json``.
+
+    Raises:
+        ValueError: no such checkpoint, or a tensor is missing or has another shape than the model.
+    """
+    from megatron_mmrl.models.megatron_io import MegatronReader, files_dir
+
+    _load_parameters(chunks, MegatronReader(Path(path), stored_model(files_dir(Path(path)))))
+
+
+def _load_parameters(chunks: Sequence[Qwen25VL], reader: TensorReader) -> None:
     from megatron.core import parallel_state
 
-    from megatron_mmrl.models.hf_io import HFReader, load_parameters
+    from megatron_mmrl.models.hf_io import load_parameters
 
-    reader = HFReader(Path(path))
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     for chunk in chunks:
