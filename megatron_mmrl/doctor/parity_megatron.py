@@ -126,7 +126,7 @@ def score(directory: Path, prepare: Prepare | None = None) -> None:
         directory: holds the request.
         prepare: called with the loaded chunks before anything is computed.
     """
-    from megatron_mmrl.models.registry import build_model, load_hf_weights
+    from megatron_mmrl.models.registry import build_model, load_checkpoint, open_checkpoint
     from megatron_mmrl.parallel.collectives import Collectives
     from megatron_mmrl.parallel.state import initialize, shutdown
 
@@ -136,7 +136,7 @@ def score(directory: Path, prepare: Prepare | None = None) -> None:
         exchange = Collectives()
         model = ModelConfig(path=request.checkpoint, dtype=request.dtype)
         chunks = build_model(request.checkpoint, parallel=request.parallel, model=model)
-        load_hf_weights(chunks, request.checkpoint)
+        load_checkpoint(chunks, open_checkpoint(request.checkpoint))
         if prepare is not None:
             prepare(chunks)
         packed = _pack(request, layout, exchange.rank)

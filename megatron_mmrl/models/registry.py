@@ -105,40 +105,26 @@ def stored_model(path: str | Path) -> StoredModel:
     return _resolve(MODELS[read_hf_config(path)["model_type"]].stored)(Path(path))
 
 
-def load_model_weights(chunks: Sequence[Qwen25VL], path: str | Path) -> None:
-    """Fill the chunks from a checkpoint of Hugging Face or of Megatron, whichever is there; see the functions below."""
+def open_checkpoint(path: str | Path) -> TensorReader:
+    """The tensors of a checkpoint, in Hugging Face's files or in Megatron's (as ``mmrl convert`` writes them).
+
+    Raises:
+        ValueError: neither is there, or the files are not whole.
+    """
     from megatron_mmrl.models.dist_metadata import is_megatron
+    from megatron_mmrl.models.hf_io import HFReader
+    from megatron_mmrl.models.megatron_io import MegatronReader, files_dir
 
-    load = load_megatron_weights if is_megatron(Path(path)) else load_hf_weights
-    load(chunks, path)
+    path = Path(path)
+    return MegatronReader(path, stored_model(files_dir(path))) if is_megatron(path) else HFReader(path)
 
 
-def load_hf_weights(chunks: Sequence[Qwen25VL], path: str | Path) -> None:
-    """Fill the chunks from a checkpoint in either naming scheme; each rank reads only its shards.
+def load_checkpoint(chunks: Sequence[Qwen25VL], reader: TensorReader) -> None:
+    """Fill the chunks from a checkpoint; each rank reads only its shards.
 
     Raises:
         ValueError: a tensor is missing or has another shape than the model.
     """
-    from megatron_mmrl.models.hf_io import HFReader
-
-    _load_parameters(chunks, HFReader(Path(path)))
-
-
-def load_megatron_weights(chunks: Sequence[Qwen25VL], path: str | Path) -> None:
-    """Fill the chunks from a Megatron distributed checkpoint of any layout; each rank reads only its shards.
-
-    Args:
-        path: as ``mmrl convert hf-to-megatron`` writes it, with ``config.json``.
-
-    Raises:
-        ValueError: no such checkpoint, or a tensor is missing or has another shape than the model.
-    """
-    from megatron_mmrl.models.megatron_io import MegatronReader, files_dir
-
-    _load_parameters(chunks, MegatronReader(Path(path), stored_model(files_dir(Path(path)))))
-
-
-def _load_parameters(chunks: Sequence[Qwen25VL], reader: TensorReader) -> None:
     from megatron.core import parallel_state
 
     from megatron_mmrl.models.hf_io import load_parameters

@@ -27,7 +27,9 @@ class Sliceable(Protocol):
 
 
 class Rule(Protocol):
-    """One way of sharding."""
+    """One way of sharding. Rules are values: what follows from one is kept by it."""
+
+    def __hash__(self) -> int: ...
 
     def split(self, full: Sequence[Sliceable], rank: int, size: int) -> Tensor:
         """The shard of tensor-parallel rank ``rank`` of ``size``."""

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from megatron_mmrl.algorithms.aggregate import count_tokens_in_sequence
 from megatron_mmrl.algorithms.losses import LossFn, LossInputs, LossOutput
-from megatron_mmrl.models.hf_io import HFReader
 from megatron_mmrl.models.parts import freeze_parameters
-from megatron_mmrl.models.registry import build_model, load_model_weights
+from megatron_mmrl.models.registry import build_model, load_checkpoint, open_checkpoint
 from megatron_mmrl.parallel.collectives import Collectives
 from megatron_mmrl.parallel.device import device, dtype_of
 from megatron_mmrl.reshard.reference import export_hf
@@ -43,7 +42,7 @@ class MegatronPolicy:
     def __init__(self, config: Config, distribution: TokenDistribution, collectives: Collectives) -> None:
         self._config, self._distribution, self._collectives = config, distribution, collectives
         modules = self._build(Path(config.model.path))
-        freeze_parameters(modules, config.model.freeze, HFReader(Path(config.model.path)).names)
+        freeze_parameters(modules, config.model.freeze, open_checkpoint(config.model.path).names)
         self.chunks = wrap_data_parallel(modules, config.parallel)
         if config.parallel.overlap_grad_reduce:
             syncs = [chunk.no_sync for chunk in self.chunks]
@@ -112,7 +111,7 @@ class MegatronPolicy:
 
     def _build(self, weights: Path) -> list[torch.nn.Module]:
         modules = build_model(self._config.model.path, parallel=self._config.parallel, model=self._config.model)
-        load_model_weights(modules, weights)
+        load_checkpoint(modules, open_checkpoint(weights))
         return modules
 
     def _step(self, totals: dict[str, float], num_tokens: int) -> UpdateStats:

@@ -267,18 +267,18 @@ def _saving_rank(source: Path, target: Path, saved: Path, parallel: ParallelConf
 
 def _trainer_rank(source: Path, target: Path, parallel: ParallelConfig) -> tuple[list[str], int, int]:
     """Parameters that differ from what Hugging Face's files give; bytes asked for; bytes of the parameters."""
-    from megatron_mmrl.models.registry import build_model, load_model_weights
+    from megatron_mmrl.models.registry import build_model, load_checkpoint, open_checkpoint
     from megatron_mmrl.parallel.state import initialize, shutdown
 
     initialize(parallel, 0)
     try:
         model = ModelConfig(path=str(source))
         expected = build_model(source, parallel=parallel, model=model)
-        load_model_weights(expected, source)
+        load_checkpoint(expected, open_checkpoint(source))
         loaded = build_model(target, parallel=parallel, model=model)
         with pytest.MonkeyPatch.context() as patch:
             read = _count_reads(patch)
-            load_model_weights(loaded, target)
+            load_checkpoint(loaded, open_checkpoint(target))
         pairs = zip(_parameters(expected), _parameters(loaded), strict=True)
         differing = [name for (name, a), (_, b) in pairs if not torch.equal(a, b)]
         return differing, sum(read), sum(parameter.nbytes for _, parameter in _parameters(loaded))

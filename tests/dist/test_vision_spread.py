@@ -177,12 +177,12 @@ def features_alone_and_together(model_path: Path) -> float:
     """Largest difference of an image's features when the tower reads it alone or among others."""
     from megatron_mmrl.config.model import ModelConfig
     from megatron_mmrl.config.parallel import ParallelConfig
-    from megatron_mmrl.models.registry import build_model, load_hf_weights
+    from megatron_mmrl.models.registry import build_model, load_checkpoint, open_checkpoint
     from megatron_mmrl.parallel.state import initialize, shutdown
 
     initialize(ParallelConfig(), seed=0)
     (chunk,) = build_model(model_path, parallel=ParallelConfig(), model=ModelConfig(path=str(model_path)))
-    load_hf_weights([chunk], model_path)
+    load_checkpoint([chunk], open_checkpoint(model_path))
     grids = torch.tensor([(1, *grid) for grid in GRIDS.values()])
     images = torch.randn(sum(PATCHES.values()), 1176).split(list(PATCHES.values()))
     with torch.no_grad():
