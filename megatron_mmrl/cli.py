@@ -72,14 +72,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mmrl", description=_DESCRIPTION, **_STYLE)
     parser.add_argument("--version", action="version", version=f"mmrl {megatron_mmrl.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    groups = {}
-    for group, summary in _GROUPS.items():
-        group_parser = commands.add_parser(group, help=summary, description=summary, **_STYLE)
-        groups[group] = group_parser.add_subparsers(dest="subcommand", required=True, metavar="what")
+    lists = {"": commands}
     for words, file in _COMMANDS.items():
         group, _, name = words.rpartition(" ")
+        if group not in lists:
+            parent = commands.add_parser(group, help=_GROUPS[group], description=_GROUPS[group], **_STYLE)
+            lists[group] = parent.add_subparsers(dest="subcommand", required=True, metavar="what")
         module = importlib.import_module(f"megatron_mmrl.commands.{file}")
-        _add(groups[group] if group else commands, name, module)
+        _add(lists[group], name, module)
     return parser
 
 
