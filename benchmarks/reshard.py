@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -61,7 +61,7 @@ class Model:
 
     def __init__(self, name: str) -> None:
         config = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"qwen2_5_vl_{name}.yaml"))
-        self.config: dict[str, Any] = config  # type: ignore[assignment]
+        self.config = cast("dict[str, Any]", config)
         self.text = self.config["text_config"]
         self.shapes = _shapes(self.config)
         self.sizes = TextSizes(
@@ -127,7 +127,7 @@ def least_elements(planner: Planner, shapes: Mapping[str, tuple[int, ...]]) -> i
     for first in range(0, layout.world_size, share):
         places = [layout.coordinates(device) for device in range(first, first + share)]
         costs = [[missing[rank, (at.tensor, at.pipeline)] for at in places] for rank in range(engine.tensor)]
-        total += _least_sum(np.array(costs))
+        total += least_sum(np.array(costs))
     return total
 
 
@@ -166,7 +166,7 @@ def _overlap(one: Blocks, other: Blocks) -> int:
     return total
 
 
-def _least_sum(costs: np.ndarray) -> int:
+def least_sum(costs: np.ndarray) -> int:
     """Each row takes a column of its own; by dynamic programming over the sets of rows served."""
     best = {0: 0}
     for column in range(costs.shape[1]):

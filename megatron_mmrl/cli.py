@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except ValueError as error:  # what a command found wrong while it ran; its text says what to do
+    except options.expected as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add(commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, module: ModuleType) -> None:
     parser = commands.add_parser(name, help=module.SUMMARY, description=module.DESCRIPTION, **_STYLE)
     module.add_arguments(parser)
-    parser.set_defaults(run=module.run, parser=parser)
+    parser.set_defaults(run=module.run, parser=parser, expected=getattr(module, "EXPECTED", ()))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from megatron_mmrl.checkpoint.convert.hf_to_megatron import Result
 
 SUMMARY = "convert between Hugging Face and Megatron checkpoints"
+EXPECTED = (ValueError,)
 DESCRIPTION = """\
 Converts safetensors to a Megatron distributed checkpoint (torch_dist), which
 loads in any layout, and back, one tensor in memory at a time. Configuration,
@@ -128,7 +129,7 @@ def tool(direction: str, description: str, arguments: Sequence[str] | None = Non
     {"hf-to-megatron": add_to_megatron, "megatron-to-hf": add_to_hf}[direction](parser)
     try:
         return run(parser.parse_args(arguments))
-    except ValueError as error:
+    except EXPECTED as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

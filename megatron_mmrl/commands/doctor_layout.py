@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from megatron_mmrl.metrics.progress import Progress
 
 SUMMARY = "what each rank of a layout would hold"
+EXPECTED = (ValueError,)
 DESCRIPTION = """\
 Builds the shards of all ranks, or of those asked for, one after the other and
 without memory, prints parameters and bytes per rank, and proves that together

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from megatron_mmrl.config.parallel import ParallelConfig
 
 SUMMARY = "compare Hugging Face, Megatron and SGLang on real samples"
+EXPECTED = (ValueError,)
 DESCRIPTION = """\
 Scores the gold answers of some rows of a data file with Hugging Face's model,
 with Megatron in the given layout and with an SGLang server: as they are, with

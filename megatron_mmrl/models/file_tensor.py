@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,11 @@ _HEADER_LIMIT_BYTES = 100 << 20  # as in the format's own library
 _READ_BYTES = 1 << 30  # Linux reads at most 2 GiB at once
 
 
-class FileTensor:
-    """A row-major tensor at a place in an open file; sliced in steps of one.
+class ReadWhenSliced(ABC):
+    """A tensor that is somewhere else; slicing it, in steps of one, reads what is sliced."""
 
-    Raises:
-        ValueError: on reading, the file ends too early.
-    """
-
-    def __init__(self, stream: io.FileIO, offset_bytes: int, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         self.shape, self.dtype = shape, dtype
-        self._stream, self._offset = stream, offset_bytes
 
     @property
     def nbytes(self) -> int:
@@ -56,8 +52,24 @@ class FileTensor:
         self.read_into(result, key)
         return result
 
+    @abstractmethod
     def read_into(self, target: Tensor, key: slice | tuple[slice, ...]) -> None:
         """Fill ``target``, which has the shape of the slice and this tensor's dtype, and is contiguous."""
+
+
+class FileTensor(ReadWhenSliced):
+    """A row-major tensor at a place in an open file.
+
+    Raises:
+        ValueError: on reading, the file ends too early.
+    """
+
+    def __init__(self, stream: io.FileIO, offset_bytes: int, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        super().__init__(dtype, shape)
+        self._stream, self._offset = stream, offset_bytes
+
+    def read_into(self, target: Tensor, key: slice | tuple[slice, ...]) -> None:
+        """See the base class."""
         box = bounds(self.shape, key)
         strides = [math.prod(self.shape[dim + 1 :]) * self.dtype.itemsize for dim in range(len(box))]
         cut = max((dim for dim, part in enumerate(box) if part != (0, self.shape[dim])), default=0)

@@ -7,7 +7,6 @@ loads from Megatron's in the same way.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 from megatron_mmrl.config.checks import require
 from megatron_mmrl.models.dist_metadata import RELEASE, TRACKER_FILE
 from megatron_mmrl.models.dist_reader import DistReader, GlobalTensorReader
-from megatron_mmrl.models.file_tensor import DTYPE_OF_CODE, bounds
+from megatron_mmrl.models.file_tensor import DTYPE_OF_CODE, ReadWhenSliced, bounds
 from megatron_mmrl.models.hf_io import ORIGIN_FILE, NameScheme
 from megatron_mmrl.models.stored import Run, StoredModel, StoredPart, row_runs, stored_shape
 from megatron_mmrl.parallel.sharding import Vocab
@@ -111,7 +110,7 @@ class MegatronReader:
         return tensor.files(layer)[0]
 
 
-class StoredView:
+class StoredView(ReadWhenSliced):
     """A Hugging Face tensor whose rows lie somewhere in a global tensor."""
 
     def __init__(
@@ -122,21 +121,11 @@ class StoredView:
         shape: tuple[int, ...],
         dtype: torch.dtype,
     ) -> None:
-        self.shape, self.dtype = shape, dtype
+        super().__init__(dtype, shape)
         self._tensor, self._layer, self._runs = tensor, layer, runs
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the whole tensor."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def __getitem__(self, key: slice | tuple[slice, ...]) -> Tensor:
-        result = torch.empty([end - first for first, end in bounds(self.shape, key)], dtype=self.dtype)
-        self.read_into(result, key)
-        return result
-
     def read_into(self, target: Tensor, key: slice | tuple[slice, ...]) -> None:
-        """Fill ``target``, which has the shape of the slice and this tensor's dtype, and is contiguous."""
+        """See the base class."""
         if target.dtype != self._tensor.dtype:
             target.copy_(StoredView(self._tensor, self._layer, self._runs, self.shape, self._tensor.dtype)[key])
             return

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from megatron_mmrl.config import Config
     from megatron_mmrl.config.optim import OptimConfig
+    from megatron_mmrl.models.hf_io import TensorReader
 
 
 class NonFiniteError(FloatingPointError):
@@ -41,8 +42,9 @@ class MegatronPolicy:
 
     def __init__(self, config: Config, distribution: TokenDistribution, collectives: Collectives) -> None:
         self._config, self._distribution, self._collectives = config, distribution, collectives
-        modules = self._build(Path(config.model.path))
-        freeze_parameters(modules, config.model.freeze, open_checkpoint(config.model.path).names)
+        checkpoint = open_checkpoint(config.model.path)
+        modules = self._build(checkpoint)
+        freeze_parameters(modules, config.model.freeze, checkpoint.names)
         self.chunks = wrap_data_parallel(modules, config.parallel)
         if config.parallel.overlap_grad_reduce:
             syncs = [chunk.no_sync for chunk in self.chunks]
@@ -88,7 +90,7 @@ class MegatronPolicy:
 
     def keep_reference(self, path: Path) -> None:
         """Load a Hugging Face checkpoint as the reference model, in memory of its own and without gradients."""
-        self._reference = self._build(path)
+        self._reference = self._build(open_checkpoint(path))
         for chunk in self._reference:
             chunk.requires_grad_(requires_grad=False)
 
@@ -109,9 +111,9 @@ class MegatronPolicy:
         if device().type == "cuda":
             self.optimizer.restore_from_cpu()
 
-    def _build(self, weights: Path) -> list[torch.nn.Module]:
+    def _build(self, weights: TensorReader) -> list[torch.nn.Module]:
         modules = build_model(self._config.model.path, parallel=self._config.parallel, model=self._config.model)
-        load_checkpoint(modules, open_checkpoint(weights))
+        load_checkpoint(modules, weights)
         return modules
 
     def _step(self, totals: dict[str, float], num_tokens: int) -> UpdateStats:

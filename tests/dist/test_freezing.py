@@ -12,7 +12,7 @@ from megatron_mmrl.config import Config
 from megatron_mmrl.models.parts import part_of
 from tests.dist.launch import RankFailedError, run_ranks
 from tests.dist.test_policy import build, config_of
-from tests.dist.test_vision_spread import BASE, PATCHES, count_patches, make_sequences, model_path  # noqa: F401
+from tests.dist.test_vision_spread import BASE, PATCHES, count_patches, make_sequences
 
 TENSOR_2 = "parallel.tensor_model_parallel_size=2"
 PIPELINE_2 = "parallel.pipeline_model_parallel_size=2"
@@ -82,7 +82,7 @@ def parts_that_changed(result: dict) -> set[str]:
         ("[vision,language]", {"merger"}),
     ],
 )
-def test_a_frozen_part_stays_and_takes_no_memory(model_path: Path, freeze: str, trained: set[str]) -> None:  # noqa: F811
+def test_a_frozen_part_stays_and_takes_no_memory(model_path: Path, freeze: str, trained: set[str]) -> None:
     (one,) = run_ranks(update, 1, config_of(model_path, *BASE, f"model.freeze={freeze}"))
     assert parts_that_changed(one) == trained
     expected = sum(tensor.size for name, tensor in one["before"].items() if part_of(name) in trained)
@@ -97,7 +97,7 @@ def test_a_frozen_part_stays_and_takes_no_memory(model_path: Path, freeze: str, 
 
 
 @pytest.fixture(scope="module", params=[FIRST_STAGE, LAST_STAGE], ids=["first", "last"])
-def frozen_stage(request: pytest.FixtureRequest, model_path: Path) -> tuple[tuple[str, ...], dict]:  # noqa: F811
+def frozen_stage(request: pytest.FixtureRequest, model_path: Path) -> tuple[tuple[str, ...], dict]:
     """Overrides that freeze all of one of two stages, and what a single rank makes of them."""
     overrides = (*BASE, f"model.freeze={request.param}", "trainer.micro_batch_sequences=4")
     return overrides, run_ranks(weights_after, 1, config_of(model_path, *overrides))[0]
@@ -112,7 +112,7 @@ def frozen_stage(request: pytest.FixtureRequest, model_path: Path) -> tuple[tupl
 )  # fmt: skip
 def test_a_whole_stage_may_be_frozen(
     frozen_stage: tuple[tuple[str, ...], dict],
-    model_path: Path,  # noqa: F811
+    model_path: Path,
     overrides: tuple[str, ...],
 ) -> None:
     common, one = frozen_stage
@@ -140,11 +140,11 @@ DECAY = "optim.weight_decay=0.1"
 
 
 @pytest.fixture(scope="module")
-def scaled(model_path: Path) -> dict:  # noqa: F811
+def scaled(model_path: Path) -> dict:
     return run_ranks(update, 1, config_of(model_path, *BASE, *SCALES))[0]
 
 
-def test_rates_by_part(scaled: dict, model_path: Path) -> None:  # noqa: F811
+def test_rates_by_part(scaled: dict, model_path: Path) -> None:
     """Adam's first step is lr x g / (|g| + eps) for each weight, so a part's step is its scale of the plain one."""
     (plain,) = run_ranks(update, 1, config_of(model_path, *BASE))
     assert scaled["norms"] == pytest.approx(plain["norms"], rel=1e-6)
@@ -156,7 +156,7 @@ def test_rates_by_part(scaled: dict, model_path: Path) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("layout", [TENSOR_2, PIPELINE_2, "parallel.data_parallel_size=2"])
-def test_groups_are_equal_over_layouts(model_path: Path, layout: str) -> None:  # noqa: F811
+def test_groups_are_equal_over_layouts(model_path: Path, layout: str) -> None:
     scaled = run_ranks(update, 1, config_of(model_path, *BASE, *SCALES, DECAY))[0]
     results = run_ranks(update, 2, config_of(model_path, *BASE, *SCALES, DECAY, layout))
     expected = [(rate, decay, set(names)) for rate, decay, names in scaled["groups"]]
@@ -173,7 +173,7 @@ def test_groups_are_equal_over_layouts(model_path: Path, layout: str) -> None:  
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
-def test_recomputed_layers_train_above_a_frozen_input(model_path: Path, recompute: str) -> None:  # noqa: F811
+def test_recomputed_layers_train_above_a_frozen_input(model_path: Path, recompute: str) -> None:
     config = (*BASE, r"model.freeze=[vision,merger,'re:model\.embed_tokens\.weight']")
     (plain,) = run_ranks(weights_after, 1, config_of(model_path, *config))
     (ours,) = run_ranks(weights_after, 1, config_of(model_path, *config, f"model.recompute={recompute}"))
@@ -183,7 +183,7 @@ def test_recomputed_layers_train_above_a_frozen_input(model_path: Path, recomput
 
 
 @pytest.mark.parametrize("freeze", ["[vision]", "[vision,merger]"])
-def test_a_frozen_tower_encodes_an_image_once_per_run(model_path: Path, freeze: str) -> None:  # noqa: F811
+def test_a_frozen_tower_encodes_an_image_once_per_run(model_path: Path, freeze: str) -> None:
     """Three updates in eight micro-batches each; what is kept gives the result that encoding anew does."""
     config = (*BASE, f"model.freeze={freeze}", "trainer.micro_batch_sequences=1")
     anew = run_ranks(update, 2, config_of(model_path, *config, TENSOR_2, "model.image_cache_bytes=0"), 3)
@@ -221,7 +221,7 @@ def forget(config: Config) -> tuple[bool, bool]:
     return equal(first, second), equal(first, third)
 
 
-def test_other_weights_empty_the_cache(model_path: Path) -> None:  # noqa: F811
+def test_other_weights_empty_the_cache(model_path: Path) -> None:
     assert run_ranks(forget, 1, config_of(model_path, "model.freeze=[vision,merger]")) == [(False, True)]
 
 
@@ -263,7 +263,7 @@ def resume(config: Config, directory: Path) -> dict[str, np.ndarray]:
     ids=["vision-tp2", "first-stage-pp2", "vision-plain"],
 )
 def test_a_run_with_frozen_parts_resumes_bit_for_bit(
-    model_path: Path,  # noqa: F811
+    model_path: Path,
     tmp_path: Path,
     freeze: str,
     layout: str,
@@ -280,7 +280,7 @@ def test_a_run_with_frozen_parts_resumes_bit_for_bit(
             run_ranks(resume, ranks, other, tmp_path)
 
 
-def test_half_of_a_fused_tensor_cannot_be_frozen(model_path: Path) -> None:  # noqa: F811
+def test_half_of_a_fused_tensor_cannot_be_frozen(model_path: Path) -> None:
     config = config_of(model_path, r"model.freeze=['re:model\.layers\.0\.self_attn\.q_proj\..*']")
     with pytest.raises(RankFailedError, match=r"q_proj\.weight, but Megatron keeps .*q_proj\.weight, .*k_proj\."):
         run_ranks(update, 1, config)

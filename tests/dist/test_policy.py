@@ -12,6 +12,7 @@ import torch
 from megatron_mmrl.algorithms.registry import build_algorithm
 from megatron_mmrl.config import Config, load_config
 from megatron_mmrl.types import TrainSequence, UpdateStats
+from tests.dist import policy_case
 from tests.dist.launch import RankFailedError, run_ranks
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -59,33 +60,11 @@ def make_sequences(config: Config) -> list[TrainSequence]:
 
 
 def build(config: Config):
-    """This rank's policy and packer, as the composition root makes them."""
-    from megatron_mmrl.models.registry import model_facts, position_ids_function
-    from megatron_mmrl.parallel.collectives import Collectives
-    from megatron_mmrl.parallel.state import initialize
-    from megatron_mmrl.trainer.forward import TokenDistribution
-    from megatron_mmrl.trainer.packing import InputRules, Packer
-    from megatron_mmrl.trainer.plan import Multiples
-    from megatron_mmrl.trainer.policy import MegatronPolicy
+    """With a temperature, and the image token banned."""
+    from megatron_mmrl.models.registry import model_facts
 
-    layout = initialize(config.parallel, seed=0)
-    exchange = Collectives()
-    facts = model_facts(config.model.path)
-    distribution = TokenDistribution(
-        temperature=0.7, banned=torch.tensor([facts.image_token_id]), vocab_size=facts.vocab_size, chunk_tokens=5
-    )
-    at = layout.coordinates(exchange.rank)
-    packer = Packer(
-        trainer=config.trainer,
-        num_replicas=layout.data,
-        replica=at.data,
-        multiples=Multiples.of(config.parallel),
-        rules=InputRules(
-            position_ids=position_ids_function(facts), pad_id=0, image_token_id=facts.image_token_id, merge_size=2
-        ),
-        speaks_for_replica=at.tensor == at.pipeline == 0,
-    )
-    return MegatronPolicy(config, distribution, exchange), packer
+    banned = [model_facts(config.model.path).image_token_id]
+    return policy_case.build(config, temperature=0.7, banned=banned, chunk_tokens=5)
 
 
 def two_updates(config: Config) -> dict[str, object]:

@@ -23,15 +23,6 @@ BASE = ("optim.lr=1e-2", "optim.eps=1e-2", "optim.schedule=constant", "optim.war
 NUM_UPDATES = 20
 
 
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from megatron_mmrl.models.tiny import make_tiny_checkpoint
-
-    path = tmp_path_factory.mktemp("tiny")
-    make_tiny_checkpoint(path)
-    return path
-
-
 def make_sequences(config: Config, shown: tuple[tuple[int, ...], ...] = SHOWN) -> list[TrainSequence]:
     """Each begins with its images; 5 tokens of text, 4 of response with arbitrary advantages."""
     from megatron_mmrl.models.registry import model_facts

@@ -20,6 +20,7 @@ from megatron_mmrl.config import Config, load_config
 from megatron_mmrl.models.tiny import TinySizes
 from megatron_mmrl.trainer.packing import Packed
 from megatron_mmrl.types import MicroBatch, TrainSequence
+from tests.dist import policy_case
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 # 60 is no multiple of 8, as the published ViT's 3420; vocabularies lose their last rows, so that no size divides them.
@@ -191,34 +192,8 @@ def compare(file: Path, overrides: Sequence[str]) -> Compared:
 
 
 def build(config: Config):
-    """This rank's policy and packer, as the composition root makes them; nothing is banned, temperature 1."""
-    from megatron_mmrl.models.registry import model_facts, position_ids_function
-    from megatron_mmrl.parallel.collectives import Collectives
-    from megatron_mmrl.parallel.state import initialize
-    from megatron_mmrl.trainer.forward import TokenDistribution
-    from megatron_mmrl.trainer.packing import InputRules, Packer
-    from megatron_mmrl.trainer.plan import Multiples
-    from megatron_mmrl.trainer.policy import MegatronPolicy
-
-    layout = initialize(config.parallel, seed=0)
-    exchange = Collectives()
-    facts = model_facts(config.model.path)
-    rules = InputRules(
-        position_ids=position_ids_function(facts), pad_id=0, image_token_id=facts.image_token_id, merge_size=2
-    )
-    at = layout.coordinates(exchange.rank)
-    packer = Packer(
-        trainer=config.trainer,
-        num_replicas=layout.data,
-        replica=at.data,
-        multiples=Multiples.of(config.parallel),
-        rules=rules,
-        speaks_for_replica=at.tensor == at.pipeline == at.context == 0,
-    )
-    distribution = TokenDistribution(
-        temperature=1.0, banned=torch.empty(0, dtype=torch.int64), vocab_size=facts.vocab_size, chunk_tokens=7
-    )
-    return MegatronPolicy(config, distribution, exchange), packer
+    """Nothing is banned, temperature 1."""
+    return policy_case.build(config, temperature=1.0, banned=(), chunk_tokens=7)
 
 
 def _logit_error(chunks: list, packed: Packed, reference: Reference) -> float | None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.reshard import least_sum
 from megatron_mmrl.models.qwen2_5_vl.config import TextSizes
 from megatron_mmrl.models.qwen2_5_vl.engine_weights import engine_table
 from megatron_mmrl.models.qwen2_5_vl.weights import stage_table
@@ -156,17 +157,3 @@ def least_wire_elements(planner: Planner, full: Mapping[str, Tensor]) -> int:
         missing = np.array([[np.isin(want, have, invert=True).sum() for have in held] for want in needed])
         total += least_sum(missing)
     return total
-
-
-def least_sum(missing: np.ndarray) -> int:
-    """Each row takes a column of its own: the least sum, over all choices, by dynamic programming."""
-    best = {0: 0}
-    for column in range(missing.shape[1]):
-        grown = dict(best)
-        for taken, cost in best.items():
-            for row in range(missing.shape[0]):
-                if not taken >> row & 1:
-                    key = taken | 1 << row
-                    grown[key] = min(grown.get(key, 1 << 62), cost + int(missing[row, column]))
-        best = grown
-    return best[(1 << missing.shape[0]) - 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,6 @@ Progress = Callable[[str, int], None]
 """(what was done, bytes that it wrote)."""
 BLOCK_BYTES = 32 << 20
 """Tensors that are not stored in chunks go through in blocks of rows of this size."""
-_END = object()
 
 
 class Buffer:
@@ -62,7 +62,7 @@ def one_ahead(items: Iterable[T]) -> Iterator[T]:
     """The same items; while the caller uses one, another thread makes the next (and no further one)."""
     iterator = iter(items)
     with ThreadPoolExecutor(max_workers=1) as pool:
-        coming = pool.submit(next, iterator, _END)
-        while (item := coming.result()) is not _END:
-            coming = pool.submit(next, iterator, _END)
-            yield item  # type: ignore[misc]
+        coming = pool.submit(list, itertools.islice(iterator, 1))
+        while made := coming.result():
+            coming = pool.submit(list, itertools.islice(iterator, 1))
+            yield made[0]
