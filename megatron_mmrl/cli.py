@@ -24,6 +24,7 @@ _COMMANDS = {
     "quickstart": "quickstart",
     "train": "train",
     "eval": "evaluate",
+    "convert": "convert",
     "doctor layout": "doctor_layout",
     "doctor parity": "doctor_parity",
 }

@@ -47,17 +47,17 @@ def run(config: Config, checkpoint: Path) -> None:
 
 def _load(machine: Machinery, checkpoint: Path) -> None:
     from megatron_mmrl.checkpoint.state import STATE_FILE, load_weights
-    from megatron_mmrl.models.registry import load_hf_weights
+    from megatron_mmrl.models.registry import load_model_weights
 
     chunks = machine.policy.chunks
     if (checkpoint / STATE_FILE).is_file():
         load_weights(checkpoint, chunks)
     elif (checkpoint / "config.json").is_file():
-        load_hf_weights([chunk.module for chunk in chunks], checkpoint)
+        load_model_weights([chunk.module for chunk in chunks], checkpoint)
     else:
         raise ConfigError(
             f"--checkpoint {checkpoint} is neither a step of a run ({STATE_FILE} is missing) nor a Hugging Face "
-            "checkpoint (config.json is missing)"
+            "or converted Megatron checkpoint (config.json is missing)"
         )
 
 

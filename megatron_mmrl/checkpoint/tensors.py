@@ -8,43 +8,54 @@ parameters are.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_mmrl.checkpoint.manifest import CheckpointError
+from megatron_mmrl.models.file_tensor import DTYPE_OF_CODE
 
-_CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_CODES = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
 _ALIGNMENT = 8  # data starts at a multiple, as the format asks
+
+
+def encode_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], about: Mapping[str, str]) -> bytes:
+    """What stands before the data of tensors (name, dtype, shape) that follow each other in this order.
+
+    Args:
+        about: free text by key, part of the file; may be empty.
+
+    Raises:
+        KeyError: a dtype that is not in the table above.
+    """
+    header: dict[str, object] = {"__metadata__": dict(about)} if about else {}
+    end = 0
+    for name, dtype, shape in tensors:
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % _ALIGNMENT)
+    return len(encoded).to_bytes(8, "little") + encoded
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write ``tensors`` in the given order. Raises KeyError for a dtype that is not in the table above."""
-    header, end = {}, 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % _ALIGNMENT)
     with file.open("wb") as stream:
-        stream.write(len(encoded).to_bytes(8, "little"))
-        stream.write(encoded)
+        stream.write(encode_header(((name, t.dtype, tuple(t.shape)) for name, t in tensors.items()), {}))
         for tensor in tensors.values():
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            stream.write(flat.view(torch.uint8).numpy().data)
+            write_data(stream, tensor)
+
+
+def write_data(stream: BinaryIO, tensor: Tensor) -> None:
+    """Append the numbers of one tensor."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    stream.write(flat.view(torch.uint8).numpy().data)
 
 
 class TensorFile:

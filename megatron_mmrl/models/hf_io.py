@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megatron_mmrl.config.checks import require
-from megatron_mmrl.parallel.sharding import WeightEntry
+from megatron_mmrl.models.file_tensor import FileTensor, open_safetensors
+from megatron_mmrl.parallel.sharding import Sliceable, WeightEntry
 
 NameScheme = Literal["original", "transformers"]
-_INDEX = "model.safetensors.index.json"
+INDEX_FILE = "model.safetensors.index.json"
+ORIGIN_FILE = "hf_origin.json"
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+"""These two make a directory one of Megatron's, see ``megatron_io``."""
 _SINGLE = "model.safetensors"
 _TO_ORIGINAL = (("model.visual.", "visual."), ("model.language_model.", "model."))
 _TO_TRANSFORMERS = (("visual.", "model.visual."), ("model.", "model.language_model."))
@@ -45,19 +48,31 @@ def _rename(name: str, prefixes: Sequence[tuple[str, str]]) -> str:
     return name
 
 
-class LazyTensor:
-    """A tensor in a file: knows its shape, reads only what is sliced."""
+class StoredTensor(Sliceable, Protocol):
+    """A tensor of a checkpoint, read when sliced."""
 
-    def __init__(self, file: safe_open, stored_name: str) -> None:
-        self._slice = file.get_slice(stored_name)
-        self.shape = tuple(self._slice.get_shape())
+    @property
+    def dtype(self) -> torch.dtype: ...
 
-    def __getitem__(self, key: slice | tuple[slice, ...]) -> Tensor:
-        return self._slice[key]
+    @property
+    def nbytes(self) -> int: ...
+
+    def read_into(self, target: Tensor, key: slice | tuple[slice, ...]) -> None: ...
+
+
+class TensorReader(Protocol):
+    """The tensors of a checkpoint by their original names: Hugging Face's files, or Megatron's seen like them."""
+
+    @property
+    def names(self) -> list[str]: ...
+
+    def __getitem__(self, name: str) -> StoredTensor: ...
+
+    def file_of(self, name: str) -> Path: ...
 
 
 class HFReader:
-    """The tensors of a checkpoint directory by their original names.
+    """The tensors of a checkpoint directory by their original names, read slice by slice.
 
     Raises:
         ValueError: no safetensors in the directory, a file that is not whole, or a tensor that is not there.
@@ -65,40 +80,59 @@ class HFReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._files: dict[Path, safe_open] = {}
-        self._stored = {to_original(name): (name, file) for name, file in self._list_tensors()}
+        self._files: dict[Path, dict[str, FileTensor]] = {}
+        self._stored: dict[str, tuple[str, Path]] = {}
+        for name, file in self._list_tensors():
+            other = self._stored.setdefault(to_original(name), (name, file))
+            require(other[0] == name, f"{path} holds {other[0]} and {name}, which are the same tensor; remove one")
 
     @property
     def names(self) -> list[str]:
         return list(self._stored)
 
-    def __getitem__(self, name: str) -> LazyTensor:
+    @property
+    def scheme(self) -> NameScheme:
+        """How the files name their tensors."""
+        renamed = any(name != stored for name, (stored, _) in self._stored.items())
+        return "transformers" if renamed else "original"
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds (or should hold) a tensor of ``names``."""
+        return self._stored[name][1]
+
+    def __getitem__(self, name: str) -> FileTensor:
         require(
             name in self._stored,
             f"{self._path} has no tensor {name}; it holds {len(self._stored)} others, such as {self.names[:3]}",
         )
         stored_name, file = self._stored[name]
-        return LazyTensor(self._open(file), stored_name)
+        tensors = self._open(file)
+        require(stored_name in tensors, f"{file} has no tensor {stored_name}, although {INDEX_FILE} says so")
+        return tensors[stored_name]
 
     def _list_tensors(self) -> list[tuple[str, Path]]:
-        index = self._path / _INDEX
+        index = self._path / INDEX_FILE
         if index.is_file():
-            return [(name, self._path / file) for name, file in json.loads(index.read_text())["weight_map"].items()]
+            files = json.loads(index.read_text())["weight_map"]
+            outside = [file for file in files.values() if Path(file).name != file]
+            require(not outside, f"{index} names {outside[:1]}: files must lie beside it")
+            return [(name, self._path / file) for name, file in files.items()]
         single = self._path / _SINGLE
-        require(single.is_file(), f"{self._path} has neither {_INDEX} nor {_SINGLE}; give a Hugging Face checkpoint")
-        return [(name, single) for name in self._open(single).keys()]  # noqa: SIM118  # not a mapping
+        require(
+            single.is_file(), f"{self._path} has neither {INDEX_FILE} nor {_SINGLE}; give a Hugging Face checkpoint"
+        )
+        return [(name, single) for name in self._open(single)]
 
-    def _open(self, file: Path) -> safe_open:
+    def _open(self, file: Path) -> dict[str, FileTensor]:
         if file not in self._files:
-            try:
-                self._files[file] = safe_open(file, framework="pt", device="cpu")
-            except (SafetensorError, FileNotFoundError) as error:
-                raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
+            self._files[file] = open_safetensors(file)
         return self._files[file]
 
 
 @torch.no_grad()
-def load_parameters(module: nn.Module, table: dict[str, WeightEntry], reader: HFReader, rank: int, size: int) -> None:
+def load_parameters(
+    module: nn.Module, table: dict[str, WeightEntry], reader: TensorReader, rank: int, size: int
+) -> None:
     """Fill every parameter of ``module`` with its shard; the checkpoint's dtype is converted to the parameter's.
 
     Args:
@@ -158,6 +192,17 @@ def _write_part(out_dir: Path, tensors: dict[str, Tensor], parts: list[list[str]
     parts.append(list(tensors))
 
 
+def safetensors_file(number: int, count: int) -> str:
+    """Name of file ``number`` (from 0) of ``count``."""
+    return _SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(out_dir: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
+    """Write which file (of several) holds which tensor."""
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(weight_map)}
+    (out_dir / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
 def _name_parts(out_dir: Path, parts: list[list[str]], total_bytes: int) -> None:
     """The number of files is part of their names and known only at the end."""
     if len(parts) == 1:
@@ -165,17 +210,22 @@ def _name_parts(out_dir: Path, parts: list[list[str]], total_bytes: int) -> None
         return
     weight_map: dict[str, str] = {}
     for number, names in enumerate(parts):
-        file = f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
+        file = safetensors_file(number, len(parts))
         _part_file(out_dir, number).replace(out_dir / file)
         weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (out_dir / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    write_index(out_dir, weight_map, total_bytes)
+
+
+def side_files(source: Path) -> list[Path]:
+    """What belongs to a checkpoint besides its weights: configuration, tokenizer, processor and chat template."""
+    suffixes = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+    other = (INDEX_FILE, ORIGIN_FILE, TRACKER_FILE)
+    return [f for f in sorted(source.iterdir()) if f.is_file() and f.suffix in suffixes and f.name not in other]
 
 
 def _copy_side_files(source: Path, out_dir: Path, dtype: torch.dtype) -> None:
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix in (".json", ".jinja", ".txt", ".model") and file.name != _INDEX:
-            shutil.copyfile(file, out_dir / file.name)
+    for file in side_files(source):
+        shutil.copyfile(file, out_dir / file.name)
     config = json.loads((source / "config.json").read_text())
     name = str(dtype).removeprefix("torch.")
     for part in (config, config.get("text_config", {}), config.get("vision_config", {})):

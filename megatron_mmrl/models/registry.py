@@ -18,7 +18,12 @@ from megatron_mmrl.config.model import ModelConfig
 from megatron_mmrl.config.parallel import ParallelConfig
 
 if TYPE_CHECKING:
+    from megatron_mmrl.models.hf_io import TensorReader
     from megatron_mmrl.models.qwen2_5_vl.model import Qwen25VL
+    from megatron_mmrl.models.stored import StoredModel
+    from megatron_mmrl.parallel.engine_sharding import EngineEntry
+    from megatron_mmrl.parallel.layout import ParallelLayout
+    from megatron_mmrl.parallel.sharding import WeightEntry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,12 +34,21 @@ class ModelSpec:
     """(path, parallel, model) -> list of chunks."""
     position_ids: str
     """(ids, image_grid_thw, *, image_token_id, merge_size) -> int64 [3, L]."""
+    stored: str
+    """(path) -> StoredModel."""
+    held: str
+    """(path, layout) -> (pipeline stage, chunk, WeightEntry) of every parameter that the layout's ranks hold."""
+    engine: str
+    """(config.json, *, whole_encoder) -> EngineEntry of every parameter of the engine's model."""
 
 
 MODELS: dict[str, ModelSpec] = {
     "qwen2_5_vl": ModelSpec(
         build="megatron_mmrl.models.qwen2_5_vl.model:build",
         position_ids="megatron_mmrl.models.qwen2_5_vl.mrope:position_ids",
+        stored="megatron_mmrl.models.qwen2_5_vl.stored:describe",
+        held="megatron_mmrl.models.qwen2_5_vl.held:held",
+        engine="megatron_mmrl.models.qwen2_5_vl.engine_weights:engine_table",
     ),
 }
 
@@ -95,17 +109,60 @@ def build_model(path: str | Path, *, parallel: ParallelConfig, model: ModelConfi
     return build(Path(path), parallel, model)
 
 
+def stored_model(path: str | Path) -> StoredModel:
+    """How the model of a checkpoint lies in a Megatron distributed checkpoint. Raises ValueError as ``build_model``."""
+    return _resolve(MODELS[read_hf_config(path)["model_type"]].stored)(Path(path))
+
+
+def held_parameters(path: str | Path, layout: ParallelLayout) -> list[tuple[int, int, WeightEntry]]:
+    """(pipeline stage, chunk, entry) of every parameter that the ranks of ``layout`` hold; no model is built."""
+    return list(_resolve(MODELS[read_hf_config(path)["model_type"]].held)(Path(path), layout))
+
+
+def engine_parameters(path: str | Path, *, whole_encoder: bool) -> tuple[EngineEntry, ...]:
+    """Every parameter of the engine's model. ``whole_encoder``: SGLang's ``mm_enable_dp_encoder``."""
+    config = read_hf_config(path)
+    return tuple(_resolve(MODELS[config["model_type"]].engine)(config, whole_encoder=whole_encoder))
+
+
+def load_model_weights(chunks: Sequence[Qwen25VL], path: str | Path) -> None:
+    """Fill the chunks from a checkpoint of Hugging Face or of Megatron, whichever is there; see the functions below."""
+    from megatron_mmrl.models.dist_metadata import is_megatron
+
+    load = load_megatron_weights if is_megatron(Path(path)) else load_hf_weights
+    load(chunks, path)
+
+
 def load_hf_weights(chunks: Sequence[Qwen25VL], path: str | Path) -> None:
     """Fill the chunks from a checkpoint in either naming scheme; each rank reads only its shards.
 
     Raises:
         ValueError: a tensor is missing or has another shape than the model.
     """
+    from megatron_mmrl.models.hf_io import HFReader
+
+    _load_parameters(chunks, HFReader(Path(path)))
+
+
+def load_megatron_weights(chunks: Sequence[Qwen25VL], path: str | Path) -> None:
+    """Fill the chunks from a Megatron distributed checkpoint of any layout; each rank reads only its shards.
+
+    Args:
+        path: as ``mmrl convert hf-to-megatron`` writes it, with ``config.json``.
+
+    Raises:
+        ValueError: no such checkpoint, or a tensor is missing or has another shape than the model.
+    """
+    from megatron_mmrl.models.megatron_io import MegatronReader, files_dir
+
+    _load_parameters(chunks, MegatronReader(Path(path), stored_model(files_dir(Path(path)))))
+
+
+def _load_parameters(chunks: Sequence[Qwen25VL], reader: TensorReader) -> None:
     from megatron.core import parallel_state
 
-    from megatron_mmrl.models.hf_io import HFReader, load_parameters
+    from megatron_mmrl.models.hf_io import load_parameters
 
-    reader = HFReader(Path(path))
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     for chunk in chunks:

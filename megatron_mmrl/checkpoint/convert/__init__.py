@@ -1,0 +1,1 @@
+"""Conversion between Hugging Face checkpoints and Megatron distributed checkpoints, tensor by tensor."""
