@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,7 @@ import torch
 from megatron_mmrl.algorithms.registry import build_algorithm
 from megatron_mmrl.cluster.failure import failure_recorded
 from megatron_mmrl.config import Config
-from megatron_mmrl.controller.handover import Handover
+from megatron_mmrl.controller.handover import ByName, Handover, WeightPath
 from megatron_mmrl.controller.scoring import Scorer
 from megatron_mmrl.data.processor import Processor
 from megatron_mmrl.data.source import PromptSource, prompt_source
@@ -24,6 +25,8 @@ from megatron_mmrl.parallel.collectives import Collectives
 from megatron_mmrl.parallel.device import device
 from megatron_mmrl.parallel.layout import ParallelLayout
 from megatron_mmrl.parallel.state import initialize, shutdown
+from megatron_mmrl.reshard.publish import SharedWeights
+from megatron_mmrl.reshard.session import WeightSession, planner_of
 from megatron_mmrl.rewards.pool import RewardPool
 from megatron_mmrl.rollout.fleet import EngineFleet
 from megatron_mmrl.rollout.routing import leader_ranks
@@ -37,6 +40,7 @@ from megatron_mmrl.types import SamplingParams
 
 if TYPE_CHECKING:
     from megatron_mmrl.algorithms.registry import Algorithm
+    from megatron_mmrl.reshard.plan import Planner
     from megatron_mmrl.types import EncodedPrompt, Prompt
 
 
@@ -107,7 +111,8 @@ def machinery(config: Config, scratch: Path) -> Iterator[Machinery]:
         exchange = Collectives()
         processor = Processor(config.model.path, config.data)
         pool = stack.enter_context(RewardPool(config.reward))
-        fleet = _start_fleet(config, processor, exchange, scratch)
+        planner = planner_of(config) if config.reshard.method == "in_place" else None
+        fleet = _start_fleet(config, processor, exchange, scratch, planner)
         stack.callback(fleet.close)
         policy = MegatronPolicy(config, _distribution(config, processor), exchange)
         yield Machinery(
@@ -119,31 +124,44 @@ def machinery(config: Config, scratch: Path) -> Iterator[Machinery]:
             fleet=fleet,
             pool=pool,
             scorer=Scorer(pool, exchange),
-            handover=Handover(policy, fleet),
+            handover=Handover(policy, fleet, _weight_path(config, policy, fleet, exchange, planner)),
             packer=packer_for(config, layout, processor.pad_token_id, exchange.rank),
             algorithm=build_algorithm(config.algorithm),
             sampling=_sampling(config),
         )
 
 
-def _start_fleet(config: Config, processor: Processor, exchange: Collectives, scratch: Path) -> EngineFleet:
-    """Leaders start one engine each, from a model directory without weights: the policy sends those."""
+def _weight_path(
+    config: Config, policy: MegatronPolicy, fleet: EngineFleet, exchange: Collectives, planner: Planner | None
+) -> WeightPath:
+    if planner is None or policy.shared is None:
+        return ByName(policy, fleet)
+    session = WeightSession(config, planner, policy.chunks, policy.shared, exchange)
+    return SharedWeights(session, fleet, exchange, policy.finish_updates)
+
+
+def _start_fleet(
+    config: Config, processor: Processor, exchange: Collectives, scratch: Path, planner: Planner | None
+) -> EngineFleet:
+    """Leaders start one engine each, from a model directory without weights: those are the policy's."""
     model_dir = scratch / "engine_model"
     if exchange.rank == 0:
         processor.write_engine_dir(model_dir)
     exchange.barrier()
     leaders = leader_ranks(config.rollout.num_engines, exchange.world_size)
-    engine = None
+    start = None
     if exchange.rank in leaders:
         index = leaders.index(exchange.rank)
         model = EngineModel(
             path=model_dir,
             dtype=config.model.dtype,
             device="cuda" if device().type == "cuda" else "cpu",
-            first_device=index * config.rollout.tensor_parallel_size,
+            devices=_devices(config, index, planner),
+            shares_weights=planner is not None,
             seed=config.run.seed + index,
         )
-        engine = start_engine(
+        start = functools.partial(
+            start_engine,
             config.rollout,
             model,
             banned_token_ids=processor.banned_token_ids(),
@@ -151,8 +169,20 @@ def _start_fleet(config: Config, processor: Processor, exchange: Collectives, sc
             log_path=scratch / f"engine{index}.log",
         )
     return EngineFleet(
-        engine, exchange, num_engines=config.rollout.num_engines, bucket_bytes=config.rollout.weight_bucket_bytes
+        start,
+        exchange,
+        num_engines=config.rollout.num_engines,
+        bucket_bytes=config.rollout.weight_bucket_bytes,
+        max_restarts=config.rollout.max_engine_restarts,
     )
+
+
+def _devices(config: Config, engine: int, planner: Planner | None) -> tuple[int, ...]:
+    """GPUs of an engine's node on which its ranks run, in their order."""
+    if planner is None:
+        size = config.rollout.tensor_parallel_size
+        return tuple(range(engine * size, (engine + 1) * size))
+    return tuple(rank % planner.trainer.ranks_per_node for rank in planner.devices[engine])
 
 
 def _distribution(config: Config, processor: Processor) -> TokenDistribution:

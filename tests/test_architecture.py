@@ -34,9 +34,9 @@ MAY_IMPORT = {
     "metrics": BASE,
     "parallel": {"config", "compat"},
     "models": BASE | {"parallel"},
-    "reshard": BASE | {"parallel", "models"},
+    "reshard": BASE | {"parallel", "models", "rollout.engine"},
     "checkpoint": BASE | {"parallel", "models", "reshard"},
-    "trainer": BASE | {"parallel", "models", "algorithms", "reshard.reference"},
+    "trainer": BASE | {"parallel", "models", "algorithms", "reshard.memory", "reshard.reference"},
     "controller": BASE | {"algorithms", "rollout.engine", "trainer.packing", "trainer.sequences"},
 }
 COMPOSE = {"__init__", "build", "cli", "cluster", "commands", "doctor", "evaluate", "quickstart", "train"}
@@ -44,7 +44,7 @@ COMPOSE = {"__init__", "build", "cli", "cluster", "commands", "doctor", "evaluat
 # Heavy package -> the modules of ours that adapt it. Imports for type checkers alone do not count.
 MAY_LOAD = {
     "megatron": ("parallel", "models", "reshard", "checkpoint", "trainer", "doctor"),
-    "sglang": ("rollout.launch_server", "rollout.sglang"),
+    "sglang": ("rollout.launch_server", "rollout.sglang", "reshard.attach"),
     "ray": ("cluster.ray",),
     "transformers": ("data", "models", "doctor"),
     "tokenizers": ("data", "models"),
@@ -55,8 +55,9 @@ MAY_LOAD = {
     "tensorboard": ("metrics",),
     "wandb": ("metrics",),
 }
-# A user's reward may raise anything; the worker turns it into an error of that one score.
-MAY_CATCH_ALL = {PACKAGE / "rewards" / "worker.py"}
+# A user's reward may raise anything; the worker turns it into an error of that one score. What leaves a loader that
+# SGLang calls ends the engine.
+MAY_CATCH_ALL = {PACKAGE / "rewards" / "worker.py", PACKAGE / "reshard" / "attach.py"}
 TORCH_FREE = (
     "",
     ".config",

@@ -27,6 +27,7 @@ def preflight(config: Config, *, need: Literal["train_files", "eval_files"] = "t
     """
     try:
         check_layout(read_model_config(config.model.path), config)
+        _check_engine_ranks(config)
         build_algorithm(config.algorithm)
         for term in config.reward.terms:
             check_reward_name(term.name)
@@ -56,6 +57,18 @@ def read_model_config(path: str) -> Mapping[str, Any]:
     if not isinstance(values, dict) or "vision_config" not in values:
         raise ConfigError(f"model.path={path}: config.json has no vision_config; a vision-language model is needed")
     return values
+
+
+def _check_engine_ranks(config: Config) -> None:
+    """Each rank of an engine reads the memory of a trainer process of its own."""
+    engines, tensor = config.rollout.num_engines, config.rollout.tensor_parallel_size
+    processes = config.parallel.world_size // engines
+    if config.reshard.method == "in_place" and tensor > processes:
+        raise ConfigError(
+            f"rollout.tensor_parallel_size={tensor} exceeds the {processes} trainer processes of an engine "
+            f"({config.parallel.world_size} / rollout.num_engines={engines}), each of which shares its memory with one "
+            "rank of the engine; use fewer or smaller engines, or reshard.method=reference"
+        )
 
 
 def _check_format(name: str) -> None:

@@ -30,13 +30,17 @@ class RolloutConfig:
     """Limit of every request to the engine."""
     startup_timeout_s: float = 180.0
     """Limit for an engine to become ready."""
+    max_engine_restarts: int = 3
+    """So many times in a run an engine that has died is started again, given the weights and its prompts."""
     max_total_tokens: int | None = None
     """KV cache size in tokens; unset: SGLang decides."""
     mem_fraction_static: float = 0.6
     """Share of the device's memory for weights and KV cache (SGLang's meaning)."""
     max_running_requests: int = 256
+    mm_enable_dp_encoder: bool = False
+    """Every rank of an engine holds the whole vision tower, and encodes a share of the images (SGLang's option)."""
     weight_bucket_bytes: int = 1 << 29
-    """Weights travel to the engine in buckets of at most this size (a larger tensor travels alone)."""
+    """With reshard.method=reference, weights travel in buckets of at most this size (a larger tensor alone)."""
 
     def __post_init__(self) -> None:
         for key in (
@@ -49,6 +53,7 @@ class RolloutConfig:
             "weight_bucket_bytes",
         ):
             at_least(f"rollout.{key}", getattr(self, key), 1)
+        at_least("rollout.max_engine_restarts", self.max_engine_restarts, 0)
         require(self.temperature > 0, f"rollout.temperature={self.temperature}: must be above 0 to train")
         within("rollout.mem_fraction_static", self.mem_fraction_static, 0.01, 0.99)
         require(

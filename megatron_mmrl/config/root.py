@@ -10,6 +10,7 @@ from megatron_mmrl.config.data import DataConfig
 from megatron_mmrl.config.model import ModelConfig
 from megatron_mmrl.config.optim import OptimConfig
 from megatron_mmrl.config.parallel import ParallelConfig
+from megatron_mmrl.config.reshard import ReshardConfig
 from megatron_mmrl.config.reward import RewardConfig
 from megatron_mmrl.config.rollout import RolloutConfig
 from megatron_mmrl.config.run import RunConfig
@@ -26,6 +27,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reshard: ReshardConfig = field(default_factory=ReshardConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

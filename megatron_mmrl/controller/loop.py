@@ -39,6 +39,7 @@ def train(parts: Parts) -> None:
             with log.time("sync"):
                 parts.handover.publish(step)  # pi_old <- pi_theta
         stats = rollout_stats(groups) | update_stats(updates) | parts.scorer.counters() | parts.prompts.counters()
+        stats |= parts.handover.counters()
         log.completions(step, groups)
         log.write(step, stats | (evaluate(parts, step) if parts.evaluation_due(step) else {}))
         check_mismatch(stats, cfg.algorithm.max_mismatch, step)

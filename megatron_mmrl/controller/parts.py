@@ -57,11 +57,13 @@ class Policy(Protocol):
         """Full tensors under Hugging Face names, in the same order on every rank."""
         ...
 
-    def offload(self) -> None:
-        """Move optimizer state off a device that the engine shares (no effect on CPU)."""
+    def offload(self) -> int:
+        """Move optimizer state off a device that the engine shares (nothing on a CPU); returns bytes moved."""
         ...
 
-    def onload(self) -> None: ...
+    def onload(self) -> int:
+        """The reverse."""
+        ...
 
 
 class PromptSource(Protocol):
@@ -84,6 +86,17 @@ class Fleet(Protocol):
     def release_kv_cache(self) -> None: ...
 
     def resume_kv_cache(self) -> None: ...
+
+    def pause(self) -> None:
+        """Have every engine compute nothing."""
+        ...
+
+    def resume(self) -> None: ...
+
+    restarts: int
+    """Engines that died and were started again."""
+    restore: Callable[[], None]
+    """Called on every rank after that, to give them weights."""
 
 
 class RunLog(Protocol):

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from megatron_mmrl.models.hf_io import TensorReader
     from megatron_mmrl.models.qwen2_5_vl.model import Qwen25VL
     from megatron_mmrl.models.stored import StoredModel
+    from megatron_mmrl.parallel.engine_sharding import EngineEntry
+    from megatron_mmrl.parallel.layout import ParallelLayout
+    from megatron_mmrl.parallel.sharding import WeightEntry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +36,10 @@ class ModelSpec:
     """(ids, image_grid_thw, *, image_token_id, merge_size) -> int64 [3, L]."""
     stored: str
     """(path) -> StoredModel."""
+    held: str
+    """(path, layout) -> (pipeline stage, chunk, WeightEntry) of every parameter that the layout's ranks hold."""
+    engine: str
+    """(config.json, *, whole_encoder) -> EngineEntry of every parameter of the engine's model."""
 
 
 MODELS: dict[str, ModelSpec] = {
@@ -40,6 +47,8 @@ MODELS: dict[str, ModelSpec] = {
         build="megatron_mmrl.models.qwen2_5_vl.model:build",
         position_ids="megatron_mmrl.models.qwen2_5_vl.mrope:position_ids",
         stored="megatron_mmrl.models.qwen2_5_vl.stored:describe",
+        held="megatron_mmrl.models.qwen2_5_vl.held:held",
+        engine="megatron_mmrl.models.qwen2_5_vl.engine_weights:engine_table",
     ),
 }
 
@@ -103,6 +112,17 @@ def build_model(path: str | Path, *, parallel: ParallelConfig, model: ModelConfi
 def stored_model(path: str | Path) -> StoredModel:
     """How the model of a checkpoint lies in a Megatron distributed checkpoint. Raises ValueError as ``build_model``."""
     return _resolve(MODELS[read_hf_config(path)["model_type"]].stored)(Path(path))
+
+
+def held_parameters(path: str | Path, layout: ParallelLayout) -> list[tuple[int, int, WeightEntry]]:
+    """(pipeline stage, chunk, entry) of every parameter that the ranks of ``layout`` hold; no model is built."""
+    return list(_resolve(MODELS[read_hf_config(path)["model_type"]].held)(Path(path), layout))
+
+
+def engine_parameters(path: str | Path, *, whole_encoder: bool) -> tuple[EngineEntry, ...]:
+    """Every parameter of the engine's model. ``whole_encoder``: SGLang's ``mm_enable_dp_encoder``."""
+    config = read_hf_config(path)
+    return tuple(_resolve(MODELS[config["model_type"]].engine)(config, whole_encoder=whole_encoder))
 
 
 def open_checkpoint(path: str | Path) -> TensorReader:

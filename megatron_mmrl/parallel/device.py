@@ -20,6 +20,12 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_cuda() else torch.device("cpu")
 
 
+def synchronize() -> None:
+    """Return when everything that was started on this process's device is done."""
+    if on_cuda():
+        torch.cuda.synchronize(device())
+
+
 def backend() -> Literal["nccl", "gloo"]:
     """The collective library that goes with the device."""
     return "nccl" if on_cuda() else "gloo"

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from megatron_mmrl.config.checks import require
 from megatron_mmrl.parallel.geometry import Piece, Placement, Rect, Shape, as_matrix
+from megatron_mmrl.parallel.sharding import padded_vocab_size
 
 
 class EngineRule(Protocol):
@@ -111,11 +112,10 @@ class Heads:
 
 @dataclass(frozen=True, slots=True)
 class VocabRows:
-    """Rows of the vocabulary, padded to a multiple of 64, or of 64 x ranks where the ranks do not divide that."""
+    """Rows of the vocabulary, padded as in the trainer: see ``padded_vocab_size``."""
 
     def place(self, shapes: Sequence[Shape], rank: int, size: int) -> Placement:
-        multiple = 64 if _round_up(shapes[0][0], 64) % size == 0 else 64 * size
-        return Rows(multiple_of=multiple).place(shapes, rank, size)
+        return Rows(multiple_of=padded_vocab_size(shapes[0][0], size)).place(shapes, rank, size)
 
 
 def _placed(number: int, of: Rect, row: int) -> Piece:

@@ -121,12 +121,14 @@ class GateUp:
 
 @dataclass(frozen=True, slots=True)
 class Vocab:
-    """Vocabulary rows, with rows of zeros appended until the ranks divide them."""
+    """Vocabulary rows, with rows of zeros appended: see ``padded_vocab_size``."""
 
     vocab_size: int
+    padded: bool = True
+    """False in a file: nothing is appended when it is split. What others have appended is left out in any case."""
 
     def split(self, full: Sequence[Sliceable], rank: int, size: int) -> Tensor:
-        padded = padded_vocab_size(self.vocab_size, size)
+        padded = padded_vocab_size(self.vocab_size, size) if self.padded else self.vocab_size
         rows = _part(padded, rank, size)
         part = full[0][rows.start : min(rows.stop, self.vocab_size)]
         missing = (rows.stop - rows.start) - part.shape[0]
@@ -137,8 +139,16 @@ class Vocab:
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
-    """The next multiple of the tensor-parallel size."""
-    return -(-vocab_size // tensor_parallel_size) * tensor_parallel_size
+    """The next multiple of 64, or of 64 x ranks where the ranks do not divide that.
+
+    SGLang's rule. The trainer follows it, so that both can share an embedding.
+    """
+    padded = _round_up(vocab_size, 64)
+    return padded if padded % tensor_parallel_size == 0 else _round_up(vocab_size, 64 * tensor_parallel_size)
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
 def _part(length: int, rank: int, size: int) -> slice:

@@ -72,7 +72,7 @@ class Fragments:
     """
 
     def __init__(self, trainer: TrainerSide, engine: EngineSide, shapes: Mapping[str, Shape]) -> None:
-        self._trainer, self._engine, self._shapes = trainer, engine, shapes
+        self._trainer, self._engine, self.shapes = trainer, engine, shapes
         self._owners: dict[str, list[tuple[int, int]]] = defaultdict(list)
         for number, held in enumerate(trainer.held):
             for position, name in enumerate(held.entry.hf_names):
@@ -106,7 +106,7 @@ class Fragments:
         """Shape and content of every parameter of engine rank ``rank``."""
         return tuple(
             entry.rule.place(
-                [self._shapes[name] for name in entry.hf_names],
+                [self.shapes[name] for name in entry.hf_names],
                 *((rank, self._engine.tensor) if entry.divided else (0, 1)),
             )
             for entry in self._engine.table
@@ -134,7 +134,7 @@ class Fragments:
         return total
 
     def _full(self, held: Held) -> tuple[Shape, ...]:
-        return tuple(self._shapes[name] for name in held.entry.hf_names)
+        return tuple(self.shapes[name] for name in held.entry.hf_names)
 
 
 @functools.lru_cache(maxsize=65536)  # the same for every layer

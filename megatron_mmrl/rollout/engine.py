@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from megatron_mmrl.types import EncodedPrompt, Response, SamplingParams
 
@@ -11,8 +11,16 @@ if TYPE_CHECKING:
     import torch
 
 
+LoaderName = Literal["attach", "checksums"]
+"""What the ranks of an engine can be told about weights in shared memory."""
+
+
 class EngineError(RuntimeError):
     """The engine died, did not answer in time, or answered something that cannot be used."""
+
+
+class EngineDiedError(EngineError):
+    """The engine's process has ended; a new one can be started in its place."""
 
 
 class PromptMismatchError(EngineError):
@@ -36,7 +44,23 @@ class RolloutEngine(Protocol):
         ...
 
     def update_weights(self, buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], version: int) -> None:
-        """Load full tensors under Hugging Face names, then flush the prefix cache and set the version."""
+        """Load full tensors under Hugging Face names, then make them known as ``version``, see ``set_version``."""
+        ...
+
+    def tell_ranks(self, what: LoaderName, messages: Sequence[str]) -> None:
+        """Hand a message to each rank of the engine, which it answers in a file; see ``reshard/attach.py``."""
+        ...
+
+    def set_version(self, version: int) -> None:
+        """The weights have changed: forget what was computed with the old ones, and compute again."""
+        ...
+
+    def pause(self) -> None:
+        """Compute nothing until ``resume`` or ``set_version``. Waits for an engine that is starting."""
+        ...
+
+    def resume(self) -> None:
+        """Compute again, with the weights as they are."""
         ...
 
     def release_kv_cache(self) -> None:
@@ -44,10 +68,6 @@ class RolloutEngine(Protocol):
         ...
 
     def resume_kv_cache(self) -> None: ...
-
-    def check_alive(self) -> None:
-        """Raise EngineError, with the end of the engine's log, when its process has ended."""
-        ...
 
     def close(self) -> None:
         """End every process of the engine; safe to call twice."""

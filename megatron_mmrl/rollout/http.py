@@ -33,7 +33,7 @@ class EngineServer(Protocol):
         ...
 
     def check_alive(self) -> None:
-        """Raise EngineError when the server's process has ended."""
+        """Raise EngineDiedError when the server's process has ended."""
         ...
 
     def stop(self) -> None: ...
@@ -131,7 +131,7 @@ class EngineHttp:
         try:
             self._server.check_alive()
         except EngineError as error:
-            raise EngineError(f"{what}: {error}") from None
+            raise type(error)(f"{what}: {error}") from None
 
     def _wait(self, coroutine: Coroutine[None, None, T], what: str) -> T:
         """Run on the loop's thread and wait, looking whether the engine still lives."""

@@ -11,7 +11,7 @@ from pathlib import Path
 SETTINGS_VARIABLE = "MEGATRON_MMRL_ENGINE_SETTINGS"
 """Environment variable that names the file; every process of the engine inherits it."""
 
-ServerArgValue = str | int | float | bool | None
+ServerArgValue = str | int | float | bool | list[str] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

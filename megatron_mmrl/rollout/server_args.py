@@ -13,6 +13,12 @@ from megatron_mmrl.rollout.launch_settings import ServerArgValue
 UNLOADED_VERSION = "none"
 """Weight version of an engine that still has its dummy weights."""
 
+ATTACH_LOADER = "megatron_mmrl.reshard.attach.attach"
+"""``load_format`` of an update that makes the engine's parameters the trainer's memory."""
+
+CHECKSUM_LOADER = "megatron_mmrl.reshard.attach.checksums"
+"""``load_format`` of an update that changes nothing and has the engine sum its parameters."""
+
 _CPU_KV_TOKENS = 65_536  # SGLang would size the KV cache by a share of the whole machine's memory
 _IMAGE_CACHE_MB = 256  # with it, SGLang's image processor runs once per distinct image and keeps our token ids
 _CPU_ARGS: Mapping[str, ServerArgValue] = {
@@ -45,7 +51,8 @@ class EngineModel:
     path: Path
     dtype: Literal["float32", "bfloat16"]
     device: Literal["cpu", "cuda"]
-    first_device: int = 0  # index of the first GPU of this engine
+    devices: tuple[int, ...] = ()  # index, on this node, of the GPU of each rank; (): the first ones
+    shares_weights: bool = False  # its parameters become the trainer's memory once it runs
     seed: int = 0  # of the draws of an engine that is not deterministic
 
 
@@ -59,11 +66,12 @@ def server_args(config: RolloutConfig, model: EngineModel, endpoint: Endpoint) -
         "api_key": endpoint.api_key,
         "admin_api_key": endpoint.admin_key,
         "load_format": "dummy",
+        "custom_weight_loader": [ATTACH_LOADER, CHECKSUM_LOADER],
         "weight_version": UNLOADED_VERSION,
         "device": model.device,
         "dtype": model.dtype,
         "tp_size": config.tensor_parallel_size,
-        "base_gpu_id": 0 if on_cpu else model.first_device,  # on a CPU SGLang reads it as a NUMA node
+        "base_gpu_id": 0,  # the environment shows the engine its own GPUs only
         "random_seed": model.seed,
         "max_total_tokens": _CPU_KV_TOKENS if on_cpu and config.max_total_tokens is None else config.max_total_tokens,
         "mem_fraction_static": config.mem_fraction_static,
@@ -73,9 +81,13 @@ def server_args(config: RolloutConfig, model: EngineModel, endpoint: Endpoint) -
         "log_level": "warning",  # at "info" SGLang prints its arguments, keys included
         "image_processor_backend": "pil",  # the trainer's, to the bit
         "mm_preprocess_cache_size_mb": _IMAGE_CACHE_MB,
+        "mm_enable_dp_encoder": config.mm_enable_dp_encoder,
         "enable_deterministic_inference": config.deterministic,
         "enable_memory_saver": not on_cpu,  # so that the KV cache can be released between steps
     }
+    if model.shares_weights and not on_cpu:
+        # A graph reads the addresses that parameters had when it was captured, which is before they are attached.
+        args["disable_cuda_graph"] = True
     if on_cpu:
         args |= _CPU_ARGS
         if config.deterministic:
@@ -99,6 +111,11 @@ def environment(
     env["GLOO_SOCKET_IFNAME"] = env["NCCL_SOCKET_IFNAME"] = "lo"
     # SGLang keeps image features by image alone and never drops them when the weights change.
     env["SGLANG_VLM_CACHE_SIZE_MB"] = "0"
+    if model.device == "cuda" and model.devices:
+        visible = inherited.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(
+            visible[index] if visible != [""] else str(index) for index in model.devices
+        )
     if model.device == "cpu":
         env.setdefault("OMP_NUM_THREADS", "1")
         env["CUDA_VISIBLE_DEVICES"] = ""

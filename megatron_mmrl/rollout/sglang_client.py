@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mmrl.config.rollout import RolloutConfig
-from megatron_mmrl.rollout.engine import EngineError, PromptMismatchError
+from megatron_mmrl.rollout.engine import EngineError, LoaderName, PromptMismatchError
 from megatron_mmrl.rollout.http import Call, EngineHttp, EngineServer, Json
 from megatron_mmrl.rollout.seeding import prompt_seed
-from megatron_mmrl.rollout.server_args import EngineModel
+from megatron_mmrl.rollout.server_args import ATTACH_LOADER, CHECKSUM_LOADER, EngineModel
 from megatron_mmrl.rollout.sglang_server import start_server
 from megatron_mmrl.types import EncodedPrompt, Finish, Response, SamplingParams
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Decode = Callable[[NDArray[np.int64]], str]
 ScoredToken = tuple[float, int, None]  # log-prob, token id, text (not asked for)
+_LOADERS: Mapping[LoaderName, str] = {"attach": ATTACH_LOADER, "checksums": CHECKSUM_LOADER}
 _FINISHES: Mapping[str, Finish] = {"stop": "stop", "length": "length"}
 
 
@@ -52,6 +53,7 @@ class SGLangEngine:
         self._banned = frozenset(banned_token_ids)
         self._shares_device, self._kv_cache_released = shares_device, False
         self._version: int | None = None
+        self._paused = False
         self._http = EngineHttp(server, config.request_timeout_s)
 
     def generate(
@@ -64,7 +66,9 @@ class SGLangEngine:
             EngineError: time limit, dead engine, or an answer that breaks what was asked; names the prompt.
         """
         if self._version is None:
-            raise EngineError("the engine has no weights yet: call update_weights before generate")
+            raise EngineError("the engine has no weights yet: give it some, and their version, before generate")
+        if self._paused:
+            raise EngineError("the engine is paused: call resume or set_version before generate")
         calls = [self._generate_call(prompt, sampling, seed, step) for prompt in prompts]
         answers = self._http.call_all(calls)
         return [self._responses(prompt, answer, sampling) for prompt, answer in zip(prompts, answers, strict=True)]
@@ -78,21 +82,49 @@ class SGLangEngine:
         self._server.wait_until_ready()
         what = f"updating to version {version}"
         self._version = None
-        self._admin(what, "/pause_generation", {"mode": "abort"})
+        self.pause()
         for bucket in buckets:
-            body = {
-                "serialized_named_tensors": [_serialize(bucket)] * self._config.tensor_parallel_size,
-                "flush_cache": False,
-            }
-            self._expect_success(what, self._admin(what, "/update_weights_from_tensor", body))
+            self._load(what, [_serialize(bucket)] * self._config.tensor_parallel_size)
+        self.set_version(version)
+
+    def tell_ranks(self, what: LoaderName, messages: Sequence[str]) -> None:
+        """See ``RolloutEngine``.
+
+        Raises:
+            EngineError: the message did not arrive; what the ranks make of it, their answers say.
+        """
+        self._load(f"asking for {what}", [_serialize_text(message) for message in messages], _LOADERS[what])
+
+    def set_version(self, version: int) -> None:
+        """See ``RolloutEngine``.
+
+        Raises:
+            EngineError: the engine did not flush, or reports another version afterwards.
+        """
+        what = f"setting version {version}"
+        self._version = None
         self._admin(what, "/flush_cache", {})
         body = {"new_version": str(version), "abort_all_requests": False}
         self._expect_success(what, self._admin(what, "/update_weight_version", body))
-        self._admin(what, "/continue_generation", {})
+        self.resume()
         info = cast("Json", self._http.call(Call(what=what, path="/model_info")))
         if info["weight_version"] != str(version):
             raise EngineError(f"{what}: the engine reports version {info['weight_version']!r} afterwards")
         self._version = version
+
+    def pause(self) -> None:
+        """See ``RolloutEngine``. Nothing may be generating: it would be aborted."""
+        self._server.wait_until_ready()
+        self._server.check_alive()
+        if not self._paused:
+            self._admin("pausing", "/pause_generation", {"mode": "abort"})
+            self._paused = True
+
+    def resume(self) -> None:
+        """See ``RolloutEngine``."""
+        if self._paused:
+            self._admin("resuming", "/continue_generation", {})
+            self._paused = False
 
     def release_kv_cache(self) -> None:
         """Give the KV cache's memory back to the device."""
@@ -116,6 +148,13 @@ class SGLangEngine:
             self._http.close()
         finally:
             self._server.stop()
+
+    def _load(self, what: str, serialized: Sequence[str], load_format: str | None = None) -> None:
+        """``serialized``: for each rank, from ``_serialize``."""
+        body: dict[str, object] = {"serialized_named_tensors": list(serialized), "flush_cache": False}
+        if load_format is not None:
+            body["load_format"] = load_format
+        self._expect_success(what, self._admin(what, "/update_weights_from_tensor", body))
 
     def _admin(self, what: str, path: str, body: Json) -> object:
         return self._http.call(Call(what=what, path=path, body=body, admin=True))
@@ -189,7 +228,7 @@ class SGLangEngine:
 def start_engine(
     config: RolloutConfig, model: EngineModel, *, banned_token_ids: Sequence[int], decode: Decode, log_path: Path
 ) -> SGLangEngine:
-    """Start a server, from the main thread. It needs ``update_weights``, which waits for it, before it generates."""
+    """Start a server, from the main thread. It needs weights and their version before it generates."""
     server = start_server(config, model, banned_token_ids=banned_token_ids, log_path=log_path)
     return SGLangEngine(
         server,
@@ -231,6 +270,13 @@ def _check_prompt_ids(name: str, ours: NDArray[np.int64], theirs: NDArray[np.int
 def _serialize(bucket: Sequence[tuple[str, torch.Tensor]]) -> str:
     """Base64 of a plain pickle: multiprocessing's pickler would pass file descriptors, which ends the engine."""
     return base64.b64encode(pickle.dumps([(name, _own_memory(tensor)) for name, tensor in bucket])).decode()
+
+
+def _serialize_text(message: str) -> str:
+    """``message`` as the one tensor of a bucket, its bytes: what gets through to a loader."""
+    import torch
+
+    return _serialize([("message", torch.frombuffer(bytearray(message.encode()), dtype=torch.uint8))])
 
 
 def _own_memory(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,10 +16,13 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from megatron_mmrl.rollout.seeded_noise import draw_tokens
 
 if TYPE_CHECKING:
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.layers.sampler import Sampler
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.managers.schedule_batch import MultimodalDataItem
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
+    from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
     from sglang.srt.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
     from sglang.srt.server_args import ServerArgs
@@ -30,6 +33,8 @@ _BATCH_INVARIANT_MODE = "sglang.srt.batch_invariant_ops.enable_batch_invariant_m
 _IMAGE_FEATURES = "sglang.srt.models.qwen2_5_vl.Qwen2_5_VLForConditionalGeneration.get_image_feature"
 _SEND = "sglang.srt.managers.tokenizer_manager.TokenizerManager._send_one_request"
 _ATTENTION = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+_CPU_SIZES = "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp"
+_UPDATE = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.update_weights_from_tensor"
 _START_METHOD = "sglang.srt.entrypoints.engine._set_envs_and_config"
 
 _installed: dict[str, Callable[..., object]] = {}
@@ -85,6 +90,22 @@ def install_batched_attention(*, deterministic: bool) -> None:
     _install(_ATTENTION, BatchedDecodeAttention if deterministic else BatchedAttention, HookType.REPLACE)
 
 
+def install_graph_capture() -> None:
+    """Capture SGLang's CUDA graphs again when its parameters have moved: a graph reads the addresses it was made with.
+
+    Not yet run on a GPU. On a CPU there is nothing to capture, and the same call returns at once.
+    """
+    _install(_UPDATE, _update_and_capture, HookType.AROUND)
+
+
+def install_gpu_sizes() -> None:
+    """Hold weights on a CPU as on a GPU: with fewer key/value heads than ranks, each is repeated.
+
+    SGLang's CPU engine pads heads and layers instead until the ranks divide them, which only its own loader can fill.
+    """
+    _install(_CPU_SIZES, _sizes_as_they_are, HookType.REPLACE)
+
+
 def install_fork_start() -> None:
     """Fork SGLang's workers off the launcher instead of spawning them: each would import SGLang again, 8 s of CPU.
 
@@ -133,6 +154,26 @@ def _encode_one_by_one(
 
 def _rely_on_strict_products() -> None:
     """Stands in for SGLang's Triton kernels: on a CPU, MKL's strict mode (set at launch) makes rows independent."""
+
+
+def _update_and_capture(
+    update: Callable[..., tuple[bool, str]], updater: WeightUpdater, *args: object, **kwargs: object
+) -> tuple[bool, str]:
+    before = _addresses(updater)
+    outcome = update(updater, *args, **kwargs)
+    if _addresses(updater) != before:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the memory that the parameters had
+        updater.get_model_runner().init_cuda_graphs()
+    return outcome
+
+
+def _addresses(updater: WeightUpdater) -> list[int]:
+    return [parameter.data_ptr() for parameter in updater.get_model().parameters()]
+
+
+def _sizes_as_they_are(model_config: ModelConfig, load_config: LoadConfig, tp_size: int) -> ModelConfig:
+    return model_config
 
 
 def _start_by_fork(_: None, server_args: ServerArgs) -> None:

@@ -28,10 +28,12 @@ def register() -> None:
     from megatron_mmrl.rollout import sglang_hooks
 
     sglang_hooks.install_token_ban(settings.banned_token_ids)
+    sglang_hooks.install_graph_capture()
     if settings.deterministic:
         sglang_hooks.install_seeded_sampling()
     if not _has_cuda():
         sglang_hooks.install_batched_attention(deterministic=settings.deterministic)
+        sglang_hooks.install_gpu_sizes()
         sglang_hooks.install_fork_start()
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 from megatron_mmrl.config.rollout import RolloutConfig
-from megatron_mmrl.rollout.engine import EngineError
+from megatron_mmrl.rollout.engine import EngineDiedError, EngineError
 from megatron_mmrl.rollout.launch_settings import LaunchSettings, write_settings
 from megatron_mmrl.rollout.server_args import Endpoint, EngineModel, environment, server_args
 
@@ -71,10 +71,10 @@ class ServerProcess:
                 time.sleep(0.1)
 
     def check_alive(self) -> None:
-        """Raise EngineError, with the end of the log, when the server has ended."""
+        """Raise EngineDiedError, with the end of the log, when the server has ended."""
         status = self._process.poll()
         if status is not None:
-            raise EngineError(f"the engine ended with status {status}; {self._log_tail()}")
+            raise EngineDiedError(f"the engine ended with status {status}; {self._log_tail()}")
 
     def stop(self) -> None:
         """End every process of the engine at once; safe to call twice.

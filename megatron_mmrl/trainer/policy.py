@@ -19,8 +19,10 @@ from megatron_mmrl.models.parts import freeze_parameters
 from megatron_mmrl.models.registry import build_model, load_checkpoint, open_checkpoint
 from megatron_mmrl.parallel.collectives import Collectives
 from megatron_mmrl.parallel.device import device, dtype_of
+from megatron_mmrl.reshard.memory import share_parameters
 from megatron_mmrl.reshard.reference import export_hf
 from megatron_mmrl.trainer.forward import TokenDistribution, TokenValues, run_schedule
+from megatron_mmrl.trainer.memory import Parking, gradient_buffers, optimizer_tensors
 from megatron_mmrl.trainer.optim import build_optimizer, set_learning_rate, wrap_data_parallel
 from megatron_mmrl.trainer.schedule import lr_at
 from megatron_mmrl.types import MicroBatch, TrainBatch, UpdateStats
@@ -46,10 +48,13 @@ class MegatronPolicy:
         modules = self._build(checkpoint)
         freeze_parameters(modules, config.model.freeze, checkpoint.names)
         self.chunks = wrap_data_parallel(modules, config.parallel)
+        # Before there is an optimizer: it takes views of the parameters.
+        self.shared = share_parameters(self.chunks) if config.reshard.method == "in_place" else None
         if config.parallel.overlap_grad_reduce:
             syncs = [chunk.no_sync for chunk in self.chunks]
             modules[0].config.no_sync_func = syncs[0] if len(syncs) == 1 else syncs
         self._reference: list[torch.nn.Module] | None = None
+        self._parking = Parking()
         self.start_optimizer(config.optim, total_updates=1)
 
     def start_optimizer(self, optim: OptimConfig, total_updates: int) -> None:
@@ -96,20 +101,27 @@ class MegatronPolicy:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Full tensors under Hugging Face names, in the same order on every rank."""
-        if self._config.parallel.overlap_param_gather:
-            for chunk in self.chunks:  # other replicas' shares are one update old until the next forward pass
-                chunk.start_param_sync(force_sync=True)
+        self.finish_updates()
         return export_hf([chunk.module for chunk in self.chunks])
 
-    def offload(self) -> None:
-        """Move optimizer state to the host; only where the engine shares the device."""
-        if device().type == "cuda":
-            self.optimizer.offload_to_cpu()
+    def finish_updates(self) -> None:
+        """Make this rank's weights final: with overlap, other replicas' shares are old until the next forward pass."""
+        if self._config.parallel.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
 
-    def onload(self) -> None:
-        """Bring optimizer state back."""
-        if device().type == "cuda":
-            self.optimizer.restore_from_cpu()
+    def offload(self) -> int:
+        """Move optimizer state to the host and drop gradients, where the engine shares a GPU; returns bytes moved."""
+        return self.park() if device().type == "cuda" else 0
+
+    def park(self) -> int:
+        """Do so on any device."""
+        self.optimizer.zero_grad()
+        return self._parking.park(optimizer_tensors(self.chunks, self.optimizer), gradient_buffers(self.chunks))
+
+    def onload(self) -> int:
+        """Bring optimizer state back, and room for gradients, if they are away; returns bytes moved."""
+        return self._parking.restore()
 
     def _build(self, weights: TensorReader) -> list[torch.nn.Module]:
         modules = build_model(self._config.model.path, parallel=self._config.parallel, model=self._config.model)

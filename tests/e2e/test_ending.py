@@ -16,9 +16,9 @@ from tests.e2e.run import SMALL, command, environment
 SECONDS_TO_END = 15.0
 
 
-def start(work_dir: Path, name: str) -> subprocess.Popen[str]:
+def start(work_dir: Path, name: str, *overrides: str) -> subprocess.Popen[str]:
     """A run that would last for ever, once its first step is done."""
-    arguments = (f"run.output_dir=runs/{name}", *SMALL, "run.num_steps=1000", "run.save_every=0")
+    arguments = (f"run.output_dir=runs/{name}", *SMALL, "run.num_steps=1000", "run.save_every=0", *overrides)
     process = subprocess.Popen(
         command("train", *arguments),
         cwd=work_dir,
@@ -32,7 +32,7 @@ def start(work_dir: Path, name: str) -> subprocess.Popen[str]:
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "no step was done in time"
-        time.sleep(0.2)
+        time.sleep(0.05)
     return process
 
 
@@ -53,13 +53,13 @@ def kill_engine(process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize(
     ("end", "last_line", "code"),
-    [(interrupt, "interrupted (SIGINT)", 130), (kill_engine, "EngineError", 1)],
+    [(interrupt, "interrupted (SIGINT)", 130), (kill_engine, "EngineDiedError", 1)],
     ids=["Ctrl-C", "dead engine"],
 )
 def test_everything_ends(
     work_dir: Path, end: Callable[[subprocess.Popen[str]], None], last_line: str, code: int
 ) -> None:
-    process = start(work_dir, end.__name__)
+    process = start(work_dir, end.__name__, "rollout.max_engine_restarts=0")
     family = descendants(process)
     ports = [c.laddr.port for child in family for c in child.net_connections() if c.status == psutil.CONN_LISTEN]
     assert len(family) >= 5

@@ -59,6 +59,8 @@ def test_what_a_run_leaves(golden_run: Run) -> None:
              "rollout.num_engines=2"),
             id="DP2-engines2-minibatches-KL-padded",
         ),
+        pytest.param(("reshard.method=reference",), id="weights-by-name"),
+        pytest.param(("rollout.tensor_parallel_size=2", "reshard.verify_every=1"), id="TP2-engineTP2"),
     ],
 )  # fmt: skip
 def test_layouts_by_override(work_dir: Path, golden_run: Run, overrides: tuple[str, ...], request) -> None:

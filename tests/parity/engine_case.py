@@ -17,7 +17,7 @@ from megatron_mmrl.config.data import DataConfig
 from megatron_mmrl.config.rollout import RolloutConfig
 from megatron_mmrl.data.processor import Processor
 from megatron_mmrl.models.hf_io import to_scheme
-from megatron_mmrl.models.tiny import make_tiny_checkpoint
+from megatron_mmrl.models.tiny import TinySizes, make_tiny_checkpoint
 from megatron_mmrl.rollout.server_args import EngineModel
 from megatron_mmrl.rollout.sglang_client import SGLangEngine, start_engine
 from megatron_mmrl.types import EncodedPrompt, Message, Prompt, Response
@@ -64,7 +64,10 @@ class Case:
 
     def logits(self, weights: Weights, prompt: EncodedPrompt, response: Response) -> torch.Tensor:
         """Hugging Face's logits for each token of the response, [R, V]."""
-        self.reference.load_state_dict({to_scheme(name, "current"): tensor for name, tensor in weights.items()})
+        state = {to_scheme(name, "current"): tensor for name, tensor in weights.items()}
+        if self.reference.config.tie_word_embeddings:
+            state["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        self.reference.load_state_dict(state)
         ids = torch.tensor(np.concatenate([prompt.ids, response.ids]))[None]
         images = {}
         if prompt.images:
@@ -99,9 +102,10 @@ class Case:
         return largest
 
 
-def make_case(directory: Path) -> Case:
+def make_case(directory: Path, *, tied: bool = False, sizes: TinySizes | None = None) -> Case:
     path = directory / "model"
-    make_tiny_checkpoint(path, texts=["Question: which digit?", "<think>It is 7.</think><answer>7</answer>"])
+    texts = ["Question: which digit?", "<think>It is 7.</think><answer>7</answer>"]
+    make_tiny_checkpoint(path, texts=texts, tied=tied, sizes=sizes)
     processor = Processor(str(path), DataConfig(min_pixels=56 * 56, max_pixels=112 * 112))
     processor.write_engine_dir(directory / "engine")
     reference = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)

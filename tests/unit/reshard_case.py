@@ -19,7 +19,7 @@ from megatron_mmrl.parallel.layout import ParallelLayout
 from megatron_mmrl.reshard.fragments import EngineSide, Held, TrainerSide
 from megatron_mmrl.reshard.plan import Planner
 
-# 8 heads in 2 groups; a vision MLP that SGLang pads (12 -> 16) and a vocabulary that both sides pad, differently.
+# 8 heads in 2 groups; a vision MLP that SGLang pads (12 -> 16) and a vocabulary that both sides pad to 128.
 CONFIG: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 4,

@@ -84,6 +84,12 @@ def test_eval_passes_the_checkpoint_on(config: str, started: Started) -> None:
         ("data.train_files=[]", "data.train_files is empty; name at least one file of prompts"),
         ("data.train_files=[none.parquet]", "data.train_files: none.parquet does not exist"),
         (
+            "rollout.tensor_parallel_size=2",
+            "rollout.tensor_parallel_size=2 exceeds the 1 trainer processes of an engine (1 / rollout.num_engines=1), "
+            "each of which shares its memory with one rank of the engine; use fewer or smaller engines, or "
+            "reshard.method=reference",
+        ),
+        (
             "run.output_dir=model",
             "run.output_dir=model holds files but no run (config.yaml is missing); use another directory",
         ),

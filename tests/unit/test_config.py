@@ -10,7 +10,7 @@ from megatron_mmrl.config import Config, ConfigError, dump_config, load_config
 from megatron_mmrl.config.build import known_keys
 
 MODEL = "model: {path: m}\n"
-SECTIONS = "model, run, parallel, data, rollout, reward, algorithm, optim, trainer, supervised"
+SECTIONS = "model, run, parallel, data, rollout, reshard, reward, algorithm, optim, trainer, supervised"
 
 
 def load(tmp_path: Path, text: str, *overrides: str) -> Config:
@@ -75,6 +75,7 @@ def load(tmp_path: Path, text: str, *overrides: str) -> Config:
             "rollout.num_engines=2 does not divide the 1 trainer processes (product of the parallel sizes); "
             "use one of [1]",
         ),
+        (MODEL + "reshard: {verify_every: 0}", "reshard.verify_every=0: must be at least 1"),
         (
             MODEL + "trainer: {micro_batch_tokens: 100}",
             "trainer.micro_batch_tokens=100 cannot hold one sequence of up to 2112 tokens "

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from megatron_mmrl.controller.handover import ByName, Handover
 from megatron_mmrl.controller.scoring import Scorer
 from megatron_mmrl.controller.stats import MismatchError, check_mismatch, rollout_stats, term_means, update_stats
 from megatron_mmrl.types import EncodedPrompt, Group, Message, Prompt, Response, Score, UpdateStats
@@ -115,3 +116,53 @@ def test_scores_come_back_in_order_whoever_made_them() -> None:
         ["c0", "c1"],
     ]
     assert Scorer(pool, Recording(0, {"reward/timeouts": 2.0})).counters() == {"reward/timeouts": 3.0}
+
+
+class Noting:
+    """Stands for policy, fleet and weights; notes the calls made on it."""
+
+    restarts = 0
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *_: self.calls.append(name) or 5
+
+
+def test_the_device_changes_hands_in_order_also_when_generation_fails() -> None:
+    parts = Noting()
+    handover = Handover(parts, parts, parts)
+    handover.publish(1)
+    with handover.generating():
+        parts.calls.append("generate")
+    expected = [
+        "publish",
+        *("offload", "resume_kv_cache", "resume", "generate"),
+        *("pause", "release_kv_cache", "onload"),  # weights may change only once the engine computes nothing
+    ]
+    assert parts.calls == expected
+    parts.counters = dict
+    row = handover.counters()
+    assert (row["handover/offload_bytes"], row["handover/onload_bytes"]) == (5, 5)
+    assert row.keys() >= {"time/offload_s", "time/onload_s", "time/kv_cache_s"}
+    assert "handover/offload_bytes" not in handover.counters()  # told once
+    parts.calls.clear()
+    with pytest.raises(RuntimeError, match="engine"), handover.generating():
+        raise RuntimeError("engine")
+    assert parts.calls[-3:] == ["pause", "release_kv_cache", "onload"]
+
+
+def test_weights_by_name_are_sent_again_to_engines_that_were_started_again() -> None:
+    sent: list[int] = []
+    fleet = Noting()
+    fleet.update_weights = lambda _, version: sent.append(version)
+    weights = ByName(Noting(), fleet)
+    weights.restore()
+    assert sent == []  # nothing was published yet
+    weights.publish(3)
+    weights.restore()
+    assert sent == [3, 3]
+    assert fleet.calls == ["pause", "pause"]

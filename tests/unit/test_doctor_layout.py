@@ -29,7 +29,7 @@ TOTALS = {
     "qwen2_5_vl_72b": (73_410_777_344, "73.41"),
 }
 SMALL_TEXT = {
-    "vocab_size": 250,  # no multiple of 4
+    "vocab_size": 250,  # padded to 256
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 4,
@@ -135,7 +135,7 @@ def test_shards_add_up_to_the_model_with_its_replicas_copies_and_padding(small: 
     assert coverage is not None
     assert coverage.problems == ()
     assert coverage.copied == 250 * 64
-    assert coverage.padding == 2 * 2 * 64  # 250 -> 252 rows, in the embedding and in its copy
+    assert coverage.padding == 2 * 6 * 64  # 250 -> 256 rows, in the embedding and in its copy
     held = sum(kind.num_parameters for kind in report.kinds)
     assert held == report.num_parameters + 3 * coverage.replicated + coverage.copied + coverage.padding
     assert report.kinds[-1].parts == ("final norm", "copy of the embedding")

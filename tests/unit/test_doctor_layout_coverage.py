@@ -15,7 +15,7 @@ from megatron_mmrl.parallel.sharding import QKV, GateUp, Replicated, Row, Rule, 
 
 NUM_LAYERS, TENSOR, PIPELINE = 4, 2, 2
 SHAPES = {
-    "model.embed_tokens.weight": (7, 4),
+    "model.embed_tokens.weight": (63, 4),
     **{
         f"model.layers.{n}.{name}": shape
         for n in range(NUM_LAYERS)
@@ -29,7 +29,7 @@ SHAPES = {
     },
     "model.norm.weight": (4,),
 }
-VOCAB = Vocab(7)
+VOCAB = Vocab(63)  # padded to 64
 
 
 def entries(pipeline: int) -> dict[str, tuple[WeightEntry, tuple[int, ...]]]:
@@ -43,7 +43,7 @@ def entries(pipeline: int) -> dict[str, tuple[WeightEntry, tuple[int, ...]]]:
         table[f"{layer}.qkv"] = (WeightEntry(hf_names=names, rule=qkv), (8, 4))
         table[f"{layer}.down"] = (entry(Row(), f"{prefix}mlp.down_proj.weight"), (4, 3))
     embedding = WeightEntry(hf_names=("model.embed_tokens.weight",), rule=VOCAB, exported=pipeline == 0)
-    table["output" if pipeline else "embedding"] = (embedding, (4, 4))
+    table["output" if pipeline else "embedding"] = (embedding, (32, 4))
     if pipeline:
         table["final_norm"] = (entry(Replicated(), "model.norm.weight"), (4,))
     return table
@@ -83,7 +83,7 @@ def test_a_complete_model_passes_and_adds_up() -> None:
         num_tensors=22,
         num_parameters=total,
         replicated=5 * 4,
-        copied=7 * 4,
+        copied=63 * 4,
         padding=2 * 1 * 4,
     )
 
@@ -191,7 +191,7 @@ def test_a_tensor_on_two_stages_and_one_without_an_exporter_are_named() -> None:
 
 def test_half_a_copy_of_the_tied_embedding_is_named() -> None:
     assert check_coverage(SHAPES, change(all_ranks(), 2, "output")).problems == (
-        "model.embed_tokens.weight (the second copy): no rank holds rows 0-3",
+        "model.embed_tokens.weight (the second copy): no rank holds rows 0-31",
     )
 
 
@@ -242,9 +242,9 @@ def _block(full: Tensor, piece: Piece) -> Tensor:
 
 
 def test_a_vocabulary_shard_may_be_padding_alone() -> None:
-    assert padded_vocab_size(5, 4) == 8
+    assert padded_vocab_size(5, 4) == 64
     _, pieces, padding = trace(entry(Vocab(5), "t"), {"t": (5, 3)}, 3, 4)
-    assert (pieces, padding) == ((), 2 * 3)
+    assert (pieces, padding) == ((), 16 * 3)
 
 
 def test_a_copy_is_told_from_the_original() -> None:

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from megatron_mmrl.config.rollout import RolloutConfig
-from megatron_mmrl.rollout.engine import EngineError, PromptMismatchError
-from megatron_mmrl.rollout.server_args import Endpoint
+from megatron_mmrl.rollout.engine import EngineDiedError, EngineError, PromptMismatchError
+from megatron_mmrl.rollout.server_args import CHECKSUM_LOADER, Endpoint
 from megatron_mmrl.rollout.sglang_client import SGLangEngine
 from megatron_mmrl.types import EncodedPrompt, Message, Prompt, SamplingParams
 
@@ -78,7 +78,7 @@ class Scripted:
 
     def check_alive(self):
         if self.dead:
-            raise EngineError("the engine ended with status -9")
+            raise EngineDiedError("the engine ended with status -9")
 
     def stop(self):
         if not self.stopped.is_set():
@@ -245,6 +245,31 @@ def test_weights_travel_whole_and_in_order(server, engine):
     assert torch.equal(second[0][1], torch.ones(1, dtype=torch.bfloat16))
 
 
+def test_a_paused_engine_is_not_asked_to_generate_and_pauses_once(server, engine):
+    engine.pause()
+    engine.pause()
+    with pytest.raises(EngineError, match="the engine is paused"):
+        generate(engine)
+    engine.resume()
+    engine.resume()
+    assert server.paths() == ["/pause_generation", "/continue_generation"]
+    generate(engine)
+
+
+def test_ranks_are_told_different_things_and_the_version_comes_after_a_flush(server):
+    client = connect(server, tensor_parallel_size=2)
+    client.pause()
+    client.tell_ranks("checksums", ["for rank 0", "for rank 1"])
+    client.set_version(4)
+    client.close()
+    paths = ["/pause_generation", "/update_weights_from_tensor", "/flush_cache", "/update_weight_version"]
+    assert server.paths() == [*paths, "/continue_generation"]
+    body = server.asked[1][1]
+    assert body["load_format"] == CHECKSUM_LOADER
+    contents = [pickle.loads(base64.b64decode(payload)) for payload in body["serialized_named_tensors"]]
+    assert [bytes(tensor.tolist()).decode() for ((_, tensor),) in contents] == ["for rank 0", "for rank 1"]
+
+
 def test_every_tensor_parallel_rank_gets_a_payload(server):
     client = connect(server, tensor_parallel_size=3)
     client.update_weights([[("a", torch.zeros(1))]], 4)
@@ -298,7 +323,7 @@ class Silent:
 def test_an_engine_that_never_answers_is_named_within_the_limit():
     client = connect(Silent(), request_timeout_s=0.3)
     start = time.monotonic()
-    with pytest.raises(EngineError, match=r"updating to version 1: no answer from .*request_timeout_s=0.3"):
+    with pytest.raises(EngineError, match=r"pausing: no answer from .*request_timeout_s=0.3"):
         client.update_weights([], 1)
     assert time.monotonic() - start < 5
     client.close()
@@ -309,7 +334,7 @@ def test_a_dead_engine_ends_the_waiting():
     client = connect(silent, request_timeout_s=60)
     threading.Timer(0.2, lambda: setattr(silent, "dead", True)).start()
     start = time.monotonic()
-    with pytest.raises(EngineError, match="updating to version 1: the engine ended with status -9"):
+    with pytest.raises(EngineDiedError, match="pausing: the engine ended with status -9"):
         client.update_weights([], 1)
     assert time.monotonic() - start < 10
     client.close()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mmrl.rollout.engine import EngineError, PromptMismatchError
+from megatron_mmrl.rollout.engine import EngineDiedError, EngineError, PromptMismatchError
 from megatron_mmrl.rollout.fleet import EngineFleet
 from megatron_mmrl.types import EncodedPrompt, Prompt, Response, SamplingParams
 
@@ -59,7 +59,7 @@ class Engine:
                 raise self.fail_with
             self.got.append([name for name, _ in bucket])
 
-    def check_alive(self):
+    def pause(self):
         if self.fail_with:
             raise self.fail_with
 
@@ -78,14 +78,19 @@ def prompt(number):
     )
 
 
-def on_ranks(engines, work):
-    """``work(fleet)`` on a rank per entry of ``engines``; the results or exceptions, by rank."""
+def on_ranks(engines, work, *, spares=None, max_restarts=0):
+    """``work(fleet)`` on a rank per entry of ``engines``; the results or exceptions, by rank.
+
+    ``spares``: by rank, the engines that are started when one has died.
+    """
     values, barrier = [None] * len(engines), threading.Barrier(len(engines))
     num_engines = sum(engine is not None for engine in engines)
 
     def run(rank):
         exchange = ThreadExchange(rank, values, barrier)
-        fleet = EngineFleet(engines[rank], exchange, num_engines=num_engines, bucket_bytes=8)
+        queue = [engines[rank], *(spares or {}).get(rank, ())]
+        start = (lambda: queue.pop(0)) if engines[rank] else None
+        fleet = EngineFleet(start, exchange, num_engines=num_engines, bucket_bytes=8, max_restarts=max_restarts)
         try:
             return work(fleet)
         except EngineError as error:
@@ -135,14 +140,47 @@ def test_every_rank_takes_its_part_in_making_the_weights(error):
 
 
 def test_a_dead_engine_is_known_everywhere():
-    results = on_ranks([Engine(EngineError("ended")), None], lambda fleet: fleet.check_alive())
-    assert [str(result) for result in results] == ["engine of rank 0: ended"] * 2
+    results = on_ranks([Engine(EngineDiedError("ended")), None], lambda fleet: fleet.pause())
+    assert [(type(result), str(result)) for result in results] == [(EngineDiedError, "engine of rank 0: ended")] * 2
+
+
+def test_a_dead_engine_is_replaced_given_weights_and_answers_its_own_prompts():
+    engines, fresh = [Engine(), None, Engine(EngineDiedError("ended")), None], Engine()
+    restored = []
+
+    def work(fleet):
+        fleet.restore = lambda: restored.append(fleet._engine)
+        groups = fleet.generate([prompt(i) for i in range(5)], SamplingParams(), seed=0, step=8)
+        return [group.prompt.prompt.id for group in groups], fleet.restarts
+
+    results = on_ranks(engines, work, spares={2: [fresh]}, max_restarts=1)
+    assert results == [(["0", "1", "2", "3", "4"], 1)] * 4
+    assert engines[2].closed
+    assert fresh.got == [["3", "4"]]
+    assert engines[0].got == [["0", "1", "2"]]  # asked once
+    assert len(restored) == 4
+    assert fresh in restored
+    assert engines[2] not in restored
+
+
+def test_too_many_deaths_end_the_run_everywhere():
+    dying = [Engine(EngineDiedError(f"ended {i}")) for i in range(3)]
+    results = on_ranks([dying[0], None], lambda fleet: fleet.pause(), spares={0: dying[1:]}, max_restarts=2)
+    assert [str(result) for result in results] == ["engine of rank 0: ended 2"] * 2
+    assert [engine.closed for engine in dying] == [True, True, False]  # the last one is closed with the fleet
+
+
+def test_another_failure_beside_a_death_starts_nothing():
+    engines = [Engine(EngineDiedError("ended")), Engine(EngineError("refused"))]
+    results = on_ranks(engines, lambda fleet: fleet.pause(), spares={0: [Engine()]}, max_restarts=5)
+    assert [str(result) for result in results] == ["engine of rank 1: refused"] * 2
+    assert not engines[0].closed
 
 
 def test_an_engine_on_the_wrong_rank_is_refused():
     exchange = ThreadExchange(1, [None, None], threading.Barrier(2))
     with pytest.raises(ValueError, match=r"rank 1: engines are led by ranks \(0,\)"):
-        EngineFleet(Engine(), exchange, num_engines=1, bucket_bytes=8)
+        EngineFleet(Engine, exchange, num_engines=1, bucket_bytes=8)
 
 
 def test_close_ends_the_engine_of_this_rank_only():

@@ -73,9 +73,9 @@ def test_cpu_server_fields():
 
 
 def test_a_gpu_server_chooses_its_own_kernels():
-    args = server_args(RolloutConfig(), replace(MODEL, device="cuda", first_device=4), ENDPOINT)
+    args = server_args(RolloutConfig(), replace(MODEL, device="cuda"), ENDPOINT)
     assert not {"attention_backend", "mm_attention_backend", "sampling_backend", "disable_cuda_graph"} & args.keys()
-    assert (args["device"], args["base_gpu_id"], args["max_total_tokens"]) == ("cuda", 4, None)
+    assert (args["device"], args["base_gpu_id"], args["max_total_tokens"]) == ("cuda", 0, None)
 
 
 def test_environment_drops_what_torchrun_set_and_keeps_the_rest():
@@ -103,5 +103,20 @@ def test_products_that_depend_on_the_batch_are_found(monkeypatch):
     assert not rows_are_independent("float32")
 
 
-def test_a_second_engine_on_a_cpu_is_not_sent_to_a_second_numa_node():
-    assert server_args(RolloutConfig(), replace(MODEL, first_device=1), ENDPOINT)["base_gpu_id"] == 0
+def test_a_gpu_server_that_is_attached_later_captures_no_graphs():
+    args = server_args(RolloutConfig(), replace(MODEL, device="cuda", shares_weights=True), ENDPOINT)
+    assert args["disable_cuda_graph"] is True
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"), [({}, "5,4"), ({"CUDA_VISIBLE_DEVICES": "7,6,5,4,3,GPU-ab"}, "GPU-ab,3")], ids=str
+)
+def test_an_engine_sees_its_own_gpus_in_the_order_of_its_ranks(visible, expected):
+    model = replace(MODEL, device="cuda", devices=(5, 4))
+    assert environment(visible, RolloutConfig(), model, Path("/scratch"))["CUDA_VISIBLE_DEVICES"] == expected
+
+
+def test_an_engine_on_a_cpu_is_not_sent_to_a_second_numa_node():
+    model = replace(MODEL, devices=(1,))
+    assert server_args(RolloutConfig(), model, ENDPOINT)["base_gpu_id"] == 0
+    assert environment({}, RolloutConfig(), model, Path("/scratch"))["CUDA_VISIBLE_DEVICES"] == ""

@@ -53,10 +53,12 @@ def test_gate_and_up_are_halved_before_they_are_joined() -> None:
 
 
 def test_vocabulary_is_padded_with_zero_rows() -> None:
-    full = numbered(5, 2, first=1)
-    assert padded_vocab_size(5, 2) == 6
-    assert Vocab(5).split([full], 0, 2).tolist() == [[1, 2], [3, 4], [5, 6]]
-    assert Vocab(5).split([full], 1, 2).tolist() == [[7, 8], [9, 10], [0, 0]]
+    full = numbered(65, 2, first=1)
+    assert [padded_vocab_size(65, ranks) for ranks in (1, 2, 3, 4)] == [128, 128, 192, 128]
+    assert torch.equal(Vocab(65).split([full], 0, 2), full[:64])
+    assert Vocab(65).split([full], 1, 2).tolist() == [[129, 130], *[[0, 0]] * 63]
+    assert torch.equal(Vocab(65, padded=False).split([full], 0, 1), full)
+    assert torch.equal(Vocab(65, padded=False).merge([torch.cat([full, torch.zeros(3, 2)])])[0], full)
 
 
 def test_rows_divide_input_features() -> None:

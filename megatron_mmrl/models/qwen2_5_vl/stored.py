@@ -8,6 +8,7 @@ used. The vision tower lies beside it under ``visual.``, as Hugging Face names i
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from megatron_mmrl.models.hf_io import to_original
 from megatron_mmrl.models.qwen2_5_vl.config import load_config, text_sizes
 from megatron_mmrl.models.qwen2_5_vl.weights import weight_table
 from megatron_mmrl.models.stored import StoredModel, StoredPart
+from megatron_mmrl.parallel.sharding import Vocab
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLConfig
@@ -85,11 +87,13 @@ def _language_keys(num_layers: int, tied: bool) -> list[str]:
 
 
 def _part(name: str, table: dict[str, Any]) -> StoredPart:
-    key = name.removeprefix(_PREFIX)
+    key, entry = name.removeprefix(_PREFIX), table[name]
+    if isinstance(entry.rule, Vocab):
+        entry = replace(entry, rule=replace(entry.rule, padded=False))
     match = _LAYER.fullmatch(key)
     if match is None:
-        return StoredPart(key=key, layer=None, entry=table[name])
-    return StoredPart(key=f"{match[1]}.{match[3]}", layer=int(match[2]), entry=table[name])
+        return StoredPart(key=key, layer=None, entry=entry)
+    return StoredPart(key=f"{match[1]}.{match[3]}", layer=int(match[2]), entry=entry)
 
 
 def _empty_objects(num_layers: int) -> tuple[str, ...]:
