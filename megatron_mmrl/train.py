@@ -61,7 +61,9 @@ class Session:
 
         cfg = machine.config
         self._machine, self._config, self._dir = machine, cfg, output_dir
-        self._prompts = machine.prompts(cfg.data.train_files, output_dir / "quarantine.jsonl")
+        self._prompts = machine.prompts(
+            cfg.data.train_files, output_dir / "quarantine.jsonl", max_rows=cfg.data.max_samples
+        )
         self._num_steps = cfg.run.num_steps
         if self._num_steps is None:
             self._num_steps = math.ceil(self._prompts.num_prompts * cfg.run.num_epochs / cfg.rollout.prompts_per_step)
@@ -132,11 +134,19 @@ class Session:
         self._start_schedule()
 
     def _keep_reference(self, done: int) -> None:
-        """The reference model is the policy at step 0, kept in a file of its own for runs that resume."""
-        path = self._dir / "reference"
+        """The reference model is the policy at step 0, kept in a file of its own for runs that resume.
+
+        One that is refreshed is in the checkpoints as well, as it was then.
+        """
+        from megatron_mmrl.checkpoint.state import load_reference
+
+        path, policy = self._dir / "reference", self._machine.policy
         if done == 0:
             self._machine.export(path)
-        self._machine.policy.keep_reference(path)
+        policy.keep_reference(path)
+        latest = self._checkpoints.latest()
+        if done and latest is not None and self._config.algorithm.reference_refresh_every:
+            self._checkpoints.load(latest, lambda checkpoint: load_reference(checkpoint, policy.reference))
 
     def _restore(self) -> int:
         """Load the newest whole checkpoint; returns how many steps are done."""
@@ -152,11 +162,17 @@ class Session:
         return extra["step"]
 
     def _save(self, step: int) -> None:
-        from megatron_mmrl.checkpoint.state import save_training_state
+        from megatron_mmrl.checkpoint.state import save_reference, save_training_state
 
         policy = self._machine.policy
         extra = {"step": step, "num_updates": policy.num_updates, "prompts": self._prompts.state_dict()}
-        self._checkpoints.save(step, lambda path: save_training_state(path, policy.chunks, policy.optimizer, extra))
+
+        def write(path: Path) -> None:
+            save_training_state(path, policy.chunks, policy.optimizer, extra)
+            if self._config.algorithm.reference_refresh_every:
+                save_reference(path, policy.reference)
+
+        self._checkpoints.save(step, write)
 
 
 if __name__ == "__main__":

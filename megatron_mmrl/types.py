@@ -43,7 +43,7 @@ class Prompt:
     messages: tuple[Message, ...]
     images: tuple[bytes, ...]  # encoded files (PNG, JPEG, ...), one per <image> tag, in order
     answer: str  # gold answer
-    meta: Mapping[str, str] = field(default_factory=dict)  # extra columns, for rewards
+    meta: Mapping[str, object] = field(default_factory=dict)  # other columns as JSON values; docs/data.md lists the keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +60,12 @@ class EncodedPrompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the engine draws tokens. Log-probs are those of softmax(mask(logits) / temperature)."""
+    """How the engine draws tokens. Log-probs are those of softmax(mask(penalise(logits)) / temperature)."""
 
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0
     top_k: int = -1  # -1: off
+    repetition_penalty: float = 1.0  # of tokens that the response already holds; 1: off
     max_new_tokens: int = 64
     num_samples: int = 1  # per prompt
 
@@ -87,6 +88,7 @@ class Score:
     total: float
     terms: Mapping[str, float]  # raw (unweighted) value of each reward
     error: str | None = None  # why a term was set to 0 (time limit, exception), else None
+    extras: Mapping[str, float] = field(default_factory=dict)  # "<term>/<name>": further numbers of a user's reward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +98,6 @@ class Group:
     prompt: EncodedPrompt
     responses: tuple[Response, ...]  # length G
     scores: tuple[Score, ...] | None = None  # length G
-    advantages: NDArray[np.float64] | None = None  # [G]
 
     @property
     def rewards(self) -> NDArray[np.float64]:
@@ -107,9 +108,6 @@ class Group:
 
     def with_scores(self, scores: tuple[Score, ...]) -> Group:
         return replace(self, scores=scores)
-
-    def with_advantages(self, advantages: NDArray[np.float64]) -> Group:
-        return replace(self, advantages=advantages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

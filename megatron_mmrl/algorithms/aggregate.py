@@ -41,6 +41,31 @@ def seq_mean(token_loss: Tensor, tokens_in_sequence: Tensor, num_sequences: int)
     return (token_loss / tokens_in_sequence).sum() / num_sequences
 
 
+def fixed_length(token_loss: Tensor, length: int, num_sequences: int) -> Tensor:
+    """Share of sum of token_loss [N] / (num_sequences x length): Dr. GRPO (arXiv 2503.20783).
+
+    Divided by a constant, a token weighs the same in a long and in a short response. ``num_sequences`` counts globally
+    those with at least one loss token.
+
+    Raises:
+        ValueError: ``num_sequences`` is not positive.
+    """
+    if num_sequences < 1:
+        raise ValueError(f"num_sequences={num_sequences}: a mini-batch without sequences has no mean; skip it")
+    return token_loss.sum() / (num_sequences * length)
+
+
+def sequence_mean_of(values: Tensor, sequence: Tensor, tokens_in_sequence: Tensor) -> Tensor:
+    """Each token's [N] share in its sequence replaced by the mean over the sequence, [N], summed in float64.
+
+    ``sequence`` i64[N]: number of the sequence, from 0, that a loss token belongs to; ``tokens_in_sequence`` [N] as
+    in ``seq_mean``. All loss tokens of a sequence must be there.
+    """
+    num_sequences = int(sequence.max()) + 1 if len(sequence) else 0
+    sums = values.double().new_zeros(num_sequences).index_add(0, sequence, values.double())
+    return (sums[sequence] / tokens_in_sequence).to(values.dtype)
+
+
 def count_tokens_in_sequence(loss_mask: NDArray[np.bool_], cu_seqlens: NDArray[np.int32]) -> NDArray[np.float32]:
     """For each token of loss_mask [T], the number of loss tokens of the sequence it belongs to, [T].
 
@@ -57,3 +82,8 @@ def count_tokens_in_sequence(loss_mask: NDArray[np.bool_], cu_seqlens: NDArray[n
     before = np.concatenate(([0], np.cumsum(loss_mask)))
     counts = before[cu_seqlens[1:]] - before[cu_seqlens[:-1]]
     return np.repeat(counts, np.diff(cu_seqlens)).astype(np.float32)
+
+
+def sequence_numbers(cu_seqlens: NDArray[np.int32]) -> NDArray[np.int64]:
+    """For each token, the number of the sequence it belongs to, i64[T]; see ``count_tokens_in_sequence``."""
+    return np.repeat(np.arange(len(cu_seqlens) - 1), np.diff(cu_seqlens))

@@ -24,6 +24,7 @@ from megatron_mmrl.checkpoint.rng import restore_rng, rng_json, rng_tensors
 from megatron_mmrl.checkpoint.tensors import TensorFile, open_tensors, write_tensors
 
 if TYPE_CHECKING:
+    import torch
     from megatron.core.distributed import DistributedDataParallel
 
 STATE_FILE = "state.json"
@@ -79,6 +80,22 @@ def load_training_state(
     return extra
 
 
+def save_reference(directory: Path, chunks: Sequence[torch.nn.Module]) -> None:
+    """Write the reference model of this rank (its chunks, not wrapped) beside the training state. Collective."""
+    rank = dist.get_rank()
+    if _first_replica() == rank:
+        write_tensors(directory / _reference_file(rank), dict(_module_tensors(chunks)))
+
+
+def load_reference(directory: Path, chunks: Sequence[torch.nn.Module]) -> None:
+    """Overwrite the reference model by what ``save_reference`` wrote. Collective.
+
+    Raises:
+        CheckpointError: it was not saved, or is of another model.
+    """
+    _read_into(directory / _reference_file(_first_replica()), dict(_module_tensors(chunks)))
+
+
 def load_weights(directory: Path, chunks: Sequence[DistributedDataParallel]) -> dict[str, Any]:
     """Overwrite the weights only (the optimizer's float32 copies are left alone); returns ``extra``. Collective.
 
@@ -91,15 +108,18 @@ def load_weights(directory: Path, chunks: Sequence[DistributedDataParallel]) -> 
             f"{directory} was written with parallel sizes {state['layout']}, this run has {_layout(chunks)}; "
             "use the same sizes, or start anew from its Hugging Face export"
         )
-    with open_tensors(directory / _model_file(_first_replica())) as file:
-        tensors = dict(_model_tensors(chunks))
+    _read_into(directory / _model_file(_first_replica()), dict(_model_tensors(chunks)))
+    return state["extra"]
+
+
+def _read_into(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    with open_tensors(path) as file:
         if file.names != tensors.keys():
             raise CheckpointError(
-                f"{directory} and the model differ in the weights {sorted(file.names ^ tensors.keys())[:4]}"
+                f"{path.parent} and the model differ in the weights {sorted(file.names ^ tensors.keys())[:4]}"
             )
         for name, tensor in tensors.items():
             file.read_into(name, tensor)
-    return state["extra"]
 
 
 def _layout(chunks: Sequence[DistributedDataParallel]) -> dict[str, int]:
@@ -127,14 +147,23 @@ def _model_file(rank: int) -> str:
     return f"model_{rank:05d}.safetensors"
 
 
+def _reference_file(rank: int) -> str:
+    return f"reference_{rank:05d}.safetensors"
+
+
 def _optimizer_file(rank: int) -> str:
     return f"optimizer_{rank:05d}.safetensors"
 
 
 def _model_tensors(chunks: Sequence[DistributedDataParallel]) -> Iterator[tuple[str, Tensor]]:
+    """Of the wrapped models, see ``_module_tensors``."""
+    return _module_tensors([chunk.module for chunk in chunks])
+
+
+def _module_tensors(modules: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers, not copies; what is no tensor (Transformer Engine's extra state) is left out."""
-    for index, chunk in enumerate(chunks):
-        for name, value in chunk.module.state_dict().items():
+    for index, module in enumerate(modules):
+        for name, value in module.state_dict().items():
             if isinstance(value, Tensor):
                 yield f"{index}.{name}", value
 

@@ -30,6 +30,8 @@ class OptimConfig:
     """From ``lr`` after the warm-up to ``min_lr`` at the last update."""
     warmup_updates: int = 0
     """Optimizer updates of linear warm-up."""
+    warmup_fraction: float | None = None
+    """The same as a share of all updates, rounded up; unset: ``warmup_updates`` counts."""
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
@@ -42,6 +44,13 @@ class OptimConfig:
         require(self.lr > 0, f"{self.section}.lr={self.lr}: must be above 0")
         within(f"{self.section}.min_lr", self.min_lr, 0.0, self.lr)
         at_least(f"{self.section}.warmup_updates", self.warmup_updates, 0)
+        if self.warmup_fraction is not None:
+            within(f"{self.section}.warmup_fraction", self.warmup_fraction, 0.0, 1.0)
+            require(
+                self.warmup_updates == 0,
+                f"{self.section}.warmup_updates={self.warmup_updates} and warmup_fraction={self.warmup_fraction} "
+                "both say how long the warm-up is; set one of them",
+            )
         at_least(f"{self.section}.weight_decay", self.weight_decay, 0)
         at_least(f"{self.section}.clip_grad", self.clip_grad, 0)
         for key in ("beta1", "beta2"):

@@ -23,6 +23,8 @@ class RolloutConfig:
     """Training refuses anything but 1: the trainer could not reproduce the engine's log-probs."""
     top_k: int = -1
     """Training refuses anything but -1 (off), for the same reason."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that the response already holds are divided by this (multiplied where negative); 1: off."""
     max_response_tokens: int = 64
     deterministic: bool = False
     """Make sampling a function of (seed, step, prompt, sample index); slower. See docs/determinism.md."""
@@ -55,6 +57,10 @@ class RolloutConfig:
             at_least(f"rollout.{key}", getattr(self, key), 1)
         at_least("rollout.max_engine_restarts", self.max_engine_restarts, 0)
         require(self.temperature > 0, f"rollout.temperature={self.temperature}: must be above 0 to train")
+        require(
+            0 < self.repetition_penalty <= 2,
+            f"rollout.repetition_penalty={self.repetition_penalty}: must be above 0 and at most 2",
+        )
         within("rollout.mem_fraction_static", self.mem_fraction_static, 0.01, 0.99)
         require(
             self.top_p == 1.0 and self.top_k == -1,

@@ -25,13 +25,14 @@ def minibatches(parts: Parts, sequences: Sequence[TrainSequence], *, whole: bool
 
 def with_logprobs(parts: Parts, sequences: Sequence[TrainSequence]) -> list[TrainSequence]:
     """Attach what the loss needs and the update cannot know: log pi_old where more than one update follows (with one,
-    pi_old is the policy itself) and log pi_ref where the KL term counts."""
+    pi_old is the policy itself) or the KL is taken off the rewards, and log pi_ref where the KL counts."""
     algorithm, mini_batch = parts.config.algorithm, parts.config.trainer.mini_batch_sequences
     several_updates = algorithm.num_iterations > 1 or (mini_batch is not None and mini_batch < len(sequences))
+    in_reward = algorithm.kl_coef > 0 and algorithm.kl_in == "reward"
     result = list(sequences)
     if not sequences:
         return result
-    if several_updates:
+    if several_updates or in_reward:
         old = _logprobs(parts, result, parts.policy.logprobs)
         result = [replace(seq, old_logprobs=values) for seq, values in zip(result, old, strict=True)]
     if algorithm.kl_coef > 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_mmrl.controller.batches import minibatches, with_logprobs
 from megatron_mmrl.controller.evaluate import evaluate
 from megatron_mmrl.controller.parts import Parts
+from megatron_mmrl.controller.rollout import collect
 from megatron_mmrl.controller.stats import check_mismatch, rollout_stats, update_stats
 from megatron_mmrl.trainer.sequences import sequences_of
 
@@ -19,17 +20,10 @@ def train(parts: Parts) -> None:
     while step < parts.num_steps:
         step += 1
         with log.time("step"):
-            with log.time("generate"), parts.handover.generating():
-                prompts = parts.prompts.next(cfg.rollout.prompts_per_step)  # q ~ D
-                groups = parts.fleet.generate(
-                    prompts, parts.sampling, seed=cfg.run.seed, step=step
-                )  # o_i ~ pi_old(.|q)
-            with log.time("reward"):
-                groups = parts.scorer.score(groups)  # r_i = R(q, o_i)
-            groups = [group.with_advantages(parts.algorithm.advantage(group.rewards)) for group in groups]
-            sequences = sequences_of([group for group in groups if parts.algorithm.select(group)])
+            rollout = collect(parts, step)  # q ~ D, o_i ~ pi_old(.|q), r_i = R(q, o_i)
             with log.time("logprobs"):
-                sequences = with_logprobs(parts, sequences)  # log pi_old, log pi_ref
+                sequences = with_logprobs(parts, sequences_of(rollout.groups))  # log pi_old, log pi_ref
+            sequences = parts.algorithm.advantages(rollout.groups, sequences)  # A_i,t
             with log.time("update"):
                 updates = [
                     policy.update(batch, parts.algorithm.loss)  # theta <- theta - lr * dJ/dtheta
@@ -38,9 +32,10 @@ def train(parts: Parts) -> None:
                 ]
             with log.time("sync"):
                 parts.handover.publish(step)  # pi_old <- pi_theta
-        stats = rollout_stats(groups) | update_stats(updates) | parts.scorer.counters() | parts.prompts.counters()
-        stats |= parts.handover.counters()
-        log.completions(step, groups)
+            parts.refresh_reference_if_due(step)  # pi_ref <- pi_theta
+        stats = rollout_stats(rollout.generated) | rollout.counters() | update_stats(updates)
+        stats |= parts.scorer.counters() | parts.prompts.counters() | parts.handover.counters()
+        log.completions(step, rollout.generated)
         log.write(step, stats | (evaluate(parts, step) if parts.evaluation_due(step) else {}))
         check_mismatch(stats, cfg.algorithm.max_mismatch, step)
         parts.save_if_due(step)

@@ -53,6 +53,10 @@ class Policy(Protocol):
         """One optimizer step."""
         ...
 
+    def refresh_reference(self) -> None:
+        """Make the reference model what the policy is now."""
+        ...
+
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Full tensors under Hugging Face names, in the same order on every rank."""
         ...
@@ -78,8 +82,16 @@ class Fleet(Protocol):
     """All rollout engines, as one rank sees them; every call is collective."""
 
     def generate(
-        self, prompts: Sequence[EncodedPrompt], sampling: SamplingParams, *, seed: int, step: int
-    ) -> list[Group]: ...
+        self,
+        prompts: Sequence[EncodedPrompt],
+        sampling: SamplingParams,
+        *,
+        seed: int,
+        step: int,
+        finished: Callable[[Group], None] | None = None,
+    ) -> list[Group]:
+        """``finished`` is told of a group as soon as it is there, on one rank, while others are waited for."""
+        ...
 
     def update_weights(self, named: Callable[[], Iterator[tuple[str, torch.Tensor]]], version: int) -> None: ...
 
@@ -134,6 +146,11 @@ class Parts:
     def evaluation_due(self, step: int) -> bool:
         every = self.config.run.evaluate_every
         return step == self.num_steps or (every > 0 and step % every == 0)
+
+    def refresh_reference_if_due(self, step: int) -> None:
+        every = self.config.algorithm.reference_refresh_every
+        if every > 0 and step % every == 0:
+            self.policy.refresh_reference()
 
     def save_if_due(self, step: int) -> None:
         every = self.config.run.save_every

@@ -17,9 +17,12 @@ class MismatchError(RuntimeError):
 
 
 def term_means(groups: Sequence[Group]) -> dict[str, float]:
-    """Mean raw value of each reward term over all responses."""
+    """Mean raw value of each reward term over all responses, and of what else users' rewards want logged."""
     scores = [score for group in groups for score in group.scores or ()]
-    return {name: float(np.mean([score.terms[name] for score in scores])) for name in scores[0].terms}
+    means = {name: float(np.mean([score.terms[name] for score in scores])) for name in scores[0].terms}
+    for name in sorted({name for score in scores for name in score.extras}):  # of those responses that have it
+        means[name] = float(np.mean([score.extras[name] for score in scores if name in score.extras]))
+    return means
 
 
 def rollout_stats(groups: Sequence[Group]) -> dict[str, float]:

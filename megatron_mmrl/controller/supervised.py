@@ -36,8 +36,8 @@ def warm_up(parts: Parts, encode_solution: Callable[[str], Sequence[int]]) -> No
 
 def _solution(prompt: EncodedPrompt) -> str:
     text = prompt.prompt.meta.get(SOLUTION)
-    if not text:
+    if not isinstance(text, str) or not text:
         raise ValueError(
-            f"row {prompt.prompt.id} has no extra_info.{SOLUTION}, which supervised.num_steps > 0 needs as its target"
+            f"row {prompt.prompt.id} has no text in extra_info.{SOLUTION}, which supervised.num_steps > 0 needs as its target"
         )
     return text

@@ -85,6 +85,8 @@ def server_args(config: RolloutConfig, model: EngineModel, endpoint: Endpoint) -
         "enable_deterministic_inference": config.deterministic,
         "enable_memory_saver": not on_cpu,  # so that the KV cache can be released between steps
     }
+    if config.repetition_penalty != 1:
+        args["disable_overlap_schedule"] = True  # the next token would be drawn before its predecessor is penalised
     if model.shares_weights and not on_cpu:
         # A graph reads the addresses that parameters had when it was captured, which is before they are attached.
         args["disable_cuda_graph"] = True

@@ -16,6 +16,7 @@ from megatron_mmrl.parallel.attention import pack
 from megatron_mmrl.parallel.context import assemble, held_tokens
 from megatron_mmrl.parallel.device import device
 from megatron_mmrl.trainer.logprobs import token_logprobs
+from megatron_mmrl.trainer.repetition import repetition_of
 from megatron_mmrl.types import MicroBatch
 
 if TYPE_CHECKING:
@@ -24,12 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenDistribution:
-    """What the engine samples from: softmax(mask(logits) / temperature)."""
+    """What the engine samples from: softmax(mask(penalise(logits)) / temperature)."""
 
     temperature: float
     banned: torch.Tensor  # i64[...], token ids that cannot be drawn
     vocab_size: int  # rows of the output layer beyond it are padding
     chunk_tokens: int  # rows of logits that exist at a time
+    repetition_penalty: float = 1.0  # of tokens that the response already holds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +131,14 @@ def _token_values(
         vocab_size=distribution.vocab_size,
         group=parallel_state.get_tensor_model_parallel_group(),
         chunk_tokens=distribution.chunk_tokens,
+        repetition=repetition_of(
+            batch.input_ids,
+            batch.loss_mask,
+            batch.cu_seqlens,
+            own.numpy(),
+            penalty=distribution.repetition_penalty,
+            device=hidden.device,
+        ),
     )
     logprobs, entropy = assemble(
         torch.stack(values), own.to(hidden.device), len(rows), parallel_state.get_context_parallel_group()

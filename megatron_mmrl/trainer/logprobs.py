@@ -1,10 +1,11 @@
 """Token log-probs and entropies straight from hidden states: the logits exist only one small tile at a time.
 
-The distribution is softmax(mask(logits) / temperature), the one that the engine samples from. The vocabulary is cut
-into tiles, and running sums over them (online softmax: Milakov and Gimelshein 2018, "Online normalizer calculation for
-softmax") are moved to a new maximum when one is found; the tensor-parallel ranks join theirs in the same way, with two
-all-reduces for all rows together. Backward makes each tile again, as FlashAttention does, so that neither pass holds
-more than ``chunk_tokens`` rows of one tile, and each row of the weight's gradient is finished before the next begins.
+The distribution is softmax(mask(penalise(logits)) / temperature), the one that the engine samples from. The vocabulary
+is cut into tiles, and running sums over them (online softmax: Milakov and Gimelshein 2018, "Online normalizer
+calculation for softmax") are moved to a new maximum when one is found; the tensor-parallel ranks join theirs in the
+same way, with two all-reduces for all rows together. Backward makes each tile again, as FlashAttention does, so that
+neither pass holds more than ``chunk_tokens`` rows of one tile, and each row of the weight's gradient is finished before
+the next begins.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
+from megatron_mmrl.trainer.repetition import Patch, Repetition
+
 _EXCLUDED = -1e30  # logit of a token that cannot be drawn: exp gives exactly 0 and 0 x it stays 0, unlike -inf
 _TILE_COLUMNS_CPU = 2048  # a tile stays in the caches; smaller ones are no faster
 _TILE_COLUMNS_GPU = 16384  # a kernel's launch must be short beside its work
 
 
-def token_logprobs(  # noqa: PLR0913  # nine independent facts, none of which a dataclass would name better
+def token_logprobs(  # noqa: PLR0913  # ten independent facts, none of which a dataclass would name better
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -33,6 +36,7 @@ def token_logprobs(  # noqa: PLR0913  # nine independent facts, none of which a 
     vocab_size: int,
     group: ProcessGroup | None,
     chunk_tokens: int,
+    repetition: Repetition | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log p(target) and entropy of each row, both differentiable.
 
@@ -46,6 +50,7 @@ def token_logprobs(  # noqa: PLR0913  # nine independent facts, none of which a 
         vocab_size: token ids from here on are padding of the weight and cannot be drawn.
         group: the tensor-parallel ranks; None: the weight is whole.
         chunk_tokens: rows of logits that exist at a time.
+        repetition: penalty on tokens that a row's response already holds; None: none.
 
     Returns:
         Log-probs and entropies in nats, [N], float32 (float64 for float64 inputs), equal on all ranks of ``group``.
@@ -66,6 +71,8 @@ def token_logprobs(  # noqa: PLR0913  # nine independent facts, none of which a 
         temperature=temperature,
         group=group,
         chunk_tokens=chunk_tokens,
+        repetition=repetition,
+        vocab_start=vocab_start,
         dtype=torch.promote_types(weight.dtype, torch.float32),
     )
     return _TokenLogprobs.apply(hidden, weight, targets - vocab_start, head)
@@ -97,26 +104,44 @@ class _Head:
     temperature: float
     group: ProcessGroup | None
     chunk_tokens: int
+    repetition: Repetition | None
+    vocab_start: int
     dtype: torch.dtype  # of logits, sums and results
 
     def rows(self, hidden: Tensor) -> Iterator[slice]:
-        return (slice(start, start + self.chunk_tokens) for start in range(0, len(hidden), self.chunk_tokens))
+        size = len(hidden)
+        return (slice(start, min(start + self.chunk_tokens, size)) for start in range(0, size, self.chunk_tokens))
 
     def scratch(self, hidden: Tensor) -> Tensor:
         """Room for two tiles of logits, used again and again: fresh memory would cost page faults for each."""
         size = min(self.chunk_tokens, len(hidden)) * max(tile.width for tile in self.tiles)
         return torch.empty(2, size, dtype=self.dtype, device=hidden.device)
 
-    def logits(self, hidden: Tensor, shard: Tensor, tile: _Tile, scratch: Tensor) -> tuple[Tensor, Tensor]:
-        """Masked logits / temperature, [C, tile], of the weight rows ``shard``; and as much memory to work in."""
+    def logits(
+        self, hidden: Tensor, rows: slice, shard: Tensor, tile: _Tile, scratch: Tensor
+    ) -> tuple[Tensor, Tensor, list[Patch]]:
+        """Penalised, masked logits / temperature, [C, tile], of ``rows`` and the weight rows ``shard``.
+
+        And as much memory to work in, and what the penalty multiplied.
+        """
+        hidden = hidden[rows]
         logits, spare = (half[: len(hidden) * tile.width].view(-1, tile.width) for half in scratch)
         if hidden.dtype == self.dtype:
             torch.addmm(logits, hidden, shard.t(), beta=0, alpha=1 / self.temperature, out=logits)
         else:
             logits.copy_(hidden @ shard.t()).mul_(1 / self.temperature)
+        patches = self._penalise(logits, rows, tile) if self.repetition is not None else []
         if len(tile.excluded):
             logits.index_fill_(1, tile.excluded, _EXCLUDED)
-        return logits, spare
+        return logits, spare, patches
+
+    def _penalise(self, logits: Tensor, rows: slice, tile: _Tile) -> list[Patch]:
+        assert self.repetition is not None
+        ids = slice(self.vocab_start + tile.columns.start, self.vocab_start + tile.columns.stop)
+        patches = list(self.repetition.patches(logits, rows, ids))
+        for patch in patches:
+            patch.apply(logits)
+        return patches
 
     def reduce(self, values: Tensor, op: ReduceOp.RedOpType) -> Tensor:
         if self.group is not None:
@@ -157,7 +182,7 @@ class _TokenLogprobs(torch.autograd.Function):
         sums, target = _Sums(len(hidden), scratch), scratch.new_zeros(len(hidden))
         for tile in head.tiles:
             for rows in head.rows(hidden):
-                logits, spare = head.logits(hidden[rows], weight[tile.columns], tile, scratch)
+                logits, spare, _ = head.logits(hidden, rows, weight[tile.columns], tile, scratch)
                 column, here = tile.find(targets[rows])
                 target[rows] += logits.gather(1, column).squeeze(1).where(here, 0.0)
                 sums.add(rows, logits, spare)
@@ -183,10 +208,12 @@ class _TokenLogprobs(torch.autograd.Function):
             shard = weight[tile.columns]
             shard_grad = None if grad_weight is None else _accumulator(grad_weight[tile.columns], head.dtype)
             for rows in head.rows(hidden):
-                logits, spare = head.logits(hidden[rows], shard, tile, scratch)
+                logits, spare, patches = head.logits(hidden, rows, shard, tile, scratch)
                 column, here = tile.find(targets[rows])
                 grad = slopes.at(rows, logits.sub_(log_total[rows, None]), spare)
                 grad.scatter_add_(1, column, slopes.target[rows].where(here, 0.0)[:, None])
+                for patch in patches:
+                    patch.apply(grad)
                 grad = grad.to(hidden.dtype)
                 if grad_hidden is not None:
                     _add_product(grad_hidden[rows], grad, shard)

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from numpy.typing import NDArray
 
-from megatron_mmrl.algorithms.aggregate import count_tokens_in_sequence
+from megatron_mmrl.algorithms.aggregate import count_tokens_in_sequence, sequence_numbers
 from megatron_mmrl.algorithms.losses import LossFn, LossInputs, LossOutput
 from megatron_mmrl.models.parts import freeze_parameters
 from megatron_mmrl.models.registry import build_model, load_checkpoint, open_checkpoint
@@ -98,6 +98,21 @@ class MegatronPolicy:
         self._reference = self._build(open_checkpoint(path))
         for chunk in self._reference:
             chunk.requires_grad_(requires_grad=False)
+
+    def refresh_reference(self) -> None:
+        """Make the reference model what the policy is now. Raises RuntimeError when none is kept."""
+        if self._reference is None:
+            raise RuntimeError("no reference model is kept; call keep_reference first (algorithm.kl_coef > 0)")
+        self.finish_updates()
+        with torch.no_grad():
+            for reference, chunk in zip(self._reference, self.chunks, strict=True):
+                for kept, now in zip(reference.parameters(), chunk.module.parameters(), strict=True):
+                    kept.copy_(now)
+
+    @property
+    def reference(self) -> Sequence[torch.nn.Module]:
+        """This rank's chunks of the reference model; empty when none is kept."""
+        return self._reference or ()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Full tensors under Hugging Face names, in the same order on every rank."""
@@ -184,6 +199,7 @@ def _loss_inputs(micro: MicroBatch, values: TokenValues) -> LossInputs:
         return None if array is None else pick(array)
 
     in_sequence = count_tokens_in_sequence(micro.loss_mask, micro.cu_seqlens)
+    numbers = torch.from_numpy(sequence_numbers(micro.cu_seqlens)[rows])
     return LossInputs(
         logprobs=values.logprobs,
         entropy=values.entropy,
@@ -192,6 +208,7 @@ def _loss_inputs(micro: MicroBatch, values: TokenValues) -> LossInputs:
         rollout_logprobs=pick(micro.rollout_logprobs),
         old_logprobs=pick_optional(micro.old_logprobs),
         ref_logprobs=pick_optional(micro.ref_logprobs),
+        sequence=numbers.to(values.logprobs.device),
         tokens_in_sequence=pick(in_sequence),
     )
 

@@ -13,10 +13,11 @@ from megatron_mmrl.types import EncodedPrompt, Group, TrainSequence
 def sequences_of(groups: Sequence[Group]) -> list[TrainSequence]:
     """One sequence per response, in the order of the groups: prompt, then response.
 
-    The loss mask is true on the response tokens and each of them carries its response's advantage.
+    The loss mask is true on the response tokens. Advantages are 0: what they are may depend on log-probs that only
+    sequences can be given (``algorithms/estimator.py``).
 
     Raises:
-        ValueError: a group without advantages, or a response whose ids and log-probs differ in number.
+        ValueError: a response whose ids and log-probs differ in number.
     """
     return [sequence for group in groups for sequence in _sequences_of_group(group)]
 
@@ -36,15 +37,11 @@ def supervised_sequences(prompts: Sequence[EncodedPrompt], targets: Sequence[NDA
 
 def _sequences_of_group(group: Group) -> list[TrainSequence]:
     name = group.prompt.prompt.id
-    if group.advantages is None:
-        raise ValueError(f"group {name} has no advantages; compute them before building sequences")
-    if len(group.advantages) != len(group.responses):
-        raise ValueError(f"group {name} has {len(group.responses)} responses but {len(group.advantages)} advantages")
     result = []
-    for response, advantage in zip(group.responses, group.advantages, strict=True):
+    for response in group.responses:
         if len(response.ids) != len(response.logprobs):
             raise ValueError(f"a response to {name} has {len(response.ids)} ids but {len(response.logprobs)} log-probs")
-        result.append(_sequence(group.prompt, response.ids, advantage=advantage, logprobs=response.logprobs))
+        result.append(_sequence(group.prompt, response.ids, advantage=0.0, logprobs=response.logprobs))
     return result
 
 

@@ -10,7 +10,14 @@ from megatron_mmrl.config import Config
 from megatron_mmrl.trainer.packing import Packer
 
 
-def build(config: Config, *, temperature: float, banned: Sequence[int], chunk_tokens: int):
+def build(
+    config: Config,
+    *,
+    temperature: float,
+    banned: Sequence[int],
+    chunk_tokens: int,
+    repetition_penalty: float = 1.0,
+):
     """As the composition root makes them; the pad token is 0."""
     from megatron_mmrl.build import packer_for
     from megatron_mmrl.models.registry import model_facts
@@ -27,5 +34,6 @@ def build(config: Config, *, temperature: float, banned: Sequence[int], chunk_to
         banned=torch.tensor(banned, dtype=torch.int64),
         vocab_size=model_facts(config.model.path).vocab_size,
         chunk_tokens=chunk_tokens,
+        repetition_penalty=repetition_penalty,
     )
     return MegatronPolicy(config, distribution, exchange), packer

@@ -14,6 +14,8 @@ import torch
 from megatron_mmrl.config.rollout import RolloutConfig
 from megatron_mmrl.rollout.engine import EngineError, PromptMismatchError
 from megatron_mmrl.rollout.http import Call, EngineHttp
+from megatron_mmrl.trainer.logprobs import token_logprobs
+from megatron_mmrl.trainer.repetition import repetition_of
 from megatron_mmrl.types import SamplingParams
 from tests.parity.engine_case import TOLERANCE, make_case, start, update
 
@@ -75,6 +77,37 @@ def test_greedy_takes_the_best_allowed_token(case, engine):
         logits[:, case.banned] = float("-inf")
         assert logits.argmax(1).tolist() == response.ids.tolist()
     assert case.largest_difference(weights, prompts, groups, temperature=1.0) <= TOLERANCE
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+def test_logprobs_under_a_repetition_penalty_are_the_trainers(case, engine, penalty):
+    """The trainer's own function, on Hugging Face's logits as hidden states below an output layer that is 1."""
+    prompts, weights = case.prompts(6), case.weights(seed=7)
+    update(engine, weights, 7)
+    sampling = SamplingParams(temperature=0.8, repetition_penalty=penalty, num_samples=3, max_new_tokens=40)
+    groups = engine.generate(prompts, sampling, seed=0, step=7)
+    answers = [(p, r, case.logits(weights, p, r)) for p, group in zip(prompts, groups, strict=True) for r in group]
+
+    def difference(penalty: float) -> float:
+        largest = 0.0
+        for prompt, response, logits in answers:
+            ids, length = np.concatenate([prompt.ids, response.ids]), len(response.ids)
+            mask, bounds = np.arange(len(ids)) >= len(prompt.ids), np.array([0, len(ids)], np.int32)
+            repetition = repetition_of(
+                ids, mask, bounds, np.arange(length), penalty=penalty, device=torch.device("cpu")
+            )
+            ours, _ = token_logprobs(
+                logits, torch.eye(logits.shape[1]), torch.tensor(response.ids), vocab_start=0, temperature=0.8,
+                banned=torch.tensor(case.banned), vocab_size=logits.shape[1], group=None, chunk_tokens=16,
+                repetition=repetition,
+            )  # fmt: skip
+            largest = max(largest, (ours - torch.tensor(response.logprobs)).abs().max().item())
+        return largest
+
+    assert any(len(set(response.ids.tolist())) < len(response.ids) for _, response, _ in answers)
+    assert difference(penalty) <= TOLERANCE
+    assert difference(1.0) > 100 * TOLERANCE
+    assert difference(1.01 * penalty) > 10 * TOLERANCE
 
 
 def test_banned_tokens_are_not_sampled_even_when_nothing_else_is_likely(case, engine):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,11 +12,11 @@ import torch
 from megatron_mmrl.algorithms.aggregate import count_tokens_in_sequence
 from megatron_mmrl.algorithms.corrections import truncated_importance_weights
 from megatron_mmrl.algorithms.kl import KL_ESTIMATORS, k1, k2, k3
-from megatron_mmrl.algorithms.losses import LossInputs, clipped_surrogate, policy_loss
+from megatron_mmrl.algorithms.losses import LossInputs, policy_loss
 from megatron_mmrl.algorithms.registry import build_algorithm
+from megatron_mmrl.algorithms.surrogates import clipped_surrogate
 from megatron_mmrl.config.algorithm import AlgorithmConfig
-
-LENGTHS = (3, 5, 2, 6)
+from tests.unit.loss_case import LENGTHS, cut, random_inputs
 
 
 def logs(*probabilities: float) -> torch.Tensor:
@@ -31,33 +31,6 @@ def four_tokens() -> LossInputs:
         advantages=torch.tensor([2.0, -1.0, -1.0, 1.0], dtype=torch.float64),
         loss_mask=torch.ones(4, dtype=torch.bool),
     )
-
-
-def random_inputs(seed: int = 0) -> LossInputs:
-    """Four sequences packed, the first token of each masked; every optional tensor is there."""
-    generator = torch.Generator().manual_seed(seed)
-    total = sum(LENGTHS)
-
-    def draw() -> torch.Tensor:
-        return -torch.rand(total, generator=generator, dtype=torch.float64) - 0.1
-
-    mask = torch.rand(total, generator=generator) < 0.7
-    bounds = np.cumsum((0, *LENGTHS))
-    mask[bounds[:-1]] = False
-    mask[bounds[1:] - 1] = True
-    return LossInputs(
-        logprobs=draw().requires_grad_(),
-        old_logprobs=draw(),
-        ref_logprobs=draw(),
-        rollout_logprobs=draw(),
-        advantages=torch.randn(total, generator=generator, dtype=torch.float64),
-        loss_mask=mask,
-        tokens_in_sequence=torch.from_numpy(count_tokens_in_sequence(mask.numpy(), bounds.astype(np.int32))),
-    )
-
-
-def cut(inputs: LossInputs, tokens: slice | torch.Tensor) -> LossInputs:
-    return replace(inputs, **{f.name: v[tokens] for f in fields(inputs) if (v := getattr(inputs, f.name)) is not None})
 
 
 EVERYTHING = AlgorithmConfig(kl_coef=0.1, tis_cap=1.5)
@@ -232,7 +205,7 @@ def test_k3_is_never_negative() -> None:
 @pytest.mark.parametrize("estimator", list(KL_ESTIMATORS))
 def test_kl_term_is_added_with_its_weight(estimator: str) -> None:
     # advantage 0 leaves the KL alone: pi 0.5 and 0.25, reference 0.25 and 0.25 -> d = -log 2 and 0
-    expected = {"k1": math.log(2), "k2": math.log(2) ** 2 / 2, "k3": math.log(2) - 0.5}[estimator]
+    expected = {"k1": math.log(2), "k2": math.log(2) ** 2 / 2}.get(estimator, math.log(2) - 0.5)
     inputs = LossInputs(
         logprobs=logs(0.5, 0.25),
         ref_logprobs=logs(0.25, 0.25),
@@ -258,7 +231,7 @@ def test_kl_gradient_pulls_towards_the_reference() -> None:
 
 def test_importance_weights_are_capped_and_carry_no_gradient() -> None:
     old = logs(0.4, 0.2, 0.9).requires_grad_()
-    weights = truncated_importance_weights(old, logs(0.2, 0.4, 0.1), 3.0)
+    weights = truncated_importance_weights(old - logs(0.2, 0.4, 0.1), 3.0)
     torch.testing.assert_close(weights, torch.tensor([2.0, 0.5, 3.0], dtype=torch.float64))
     assert not weights.requires_grad
 

@@ -53,3 +53,21 @@ def test_a_single_update_has_the_full_rate():
 def test_negative_update_is_refused():
     with pytest.raises(ValueError, match="update=-1"):
         lr_at(-1, OptimConfig(), 10)
+
+
+def test_warm_up_as_a_share_of_all_updates():
+    """10 % of 25 updates is 2.5, rounded up to 3."""
+    share, count = (
+        OptimConfig(lr=3.0, schedule="cosine", warmup_fraction=0.1),
+        OptimConfig(lr=3.0, schedule="cosine", warmup_updates=3),
+    )
+    assert rates(share, 25) == rates(count, 25)
+    assert rates(OptimConfig(lr=3.0, warmup_fraction=0.0), 4) == [3.0] * 4
+    assert rates(OptimConfig(lr=4.0, warmup_fraction=1.0), 3) == [1.0, 2.0, 3.0]
+
+
+def test_only_one_length_of_the_warm_up():
+    with pytest.raises(ValueError, match=r"warmup_updates=5 and warmup_fraction=0\.1"):
+        OptimConfig(warmup_updates=5, warmup_fraction=0.1)
+    with pytest.raises(ValueError, match=r"warmup_fraction=1\.5"):
+        OptimConfig(warmup_fraction=1.5)

@@ -40,19 +40,17 @@ def test_entry_t_describes_the_prediction_of_token_t():
     group = Group(
         prompt=encoded([5, 6, 7]),
         responses=(response([8, 9], [-0.5, -0.25]), response([10], [-1.0])),
-        advantages=np.array([1.5, -1.5]),
     )
     first, second = sequences_of([group])
 
     assert first.ids.tolist() == [5, 6, 7, 8, 9]
     assert first.loss_mask.tolist() == [False, False, False, True, True]
-    assert first.advantages.tolist() == [0, 0, 0, 1.5, 1.5]
+    assert first.advantages.tolist() == [0, 0, 0, 0, 0]  # the estimator's to give
     assert first.rollout_logprobs.tolist() == [0, 0, 0, -0.5, -0.25]
     assert (first.old_logprobs, first.ref_logprobs) == (None, None)
     assert first.pixel_values is PIXELS  # one copy per prompt, however many responses
     assert second.pixel_values is PIXELS
     assert second.ids.tolist() == [5, 6, 7, 10]
-    assert second.advantages.tolist() == [0, 0, 0, -1.5]
     assert [array.dtype for array in (first.ids, first.loss_mask, first.advantages, first.rollout_logprobs)] == [
         np.int64,
         np.bool_,
@@ -66,7 +64,6 @@ def test_groups_and_their_responses_keep_their_order():
         Group(
             prompt=encoded([first], f"a:{first}"),
             responses=tuple(response([first, n], [0, 0]) for n in range(3)),
-            advantages=np.zeros(3),
         )
         for first in (1, 2)
     ]
@@ -81,9 +78,7 @@ def test_groups_and_their_responses_keep_their_order():
 
 
 def test_an_empty_response_has_nothing_to_learn():
-    (sequence,) = sequences_of(
-        [Group(prompt=encoded([1, 2]), responses=(response([], []),), advantages=np.array([3.0]))]
-    )
+    (sequence,) = sequences_of([Group(prompt=encoded([1, 2]), responses=(response([], []),))])
     assert sequence.ids.tolist() == [1, 2]
     assert not sequence.loss_mask.any()
     assert sequence.advantages.tolist() == [0, 0]
@@ -98,11 +93,7 @@ def test_supervised_targets_are_learned_with_advantage_one():
 
 
 def test_what_does_not_fit_together_is_refused_by_name():
-    group = Group(prompt=encoded([1], "b:7"), responses=(response([2], [0.0]),), advantages=np.array([1.0]))
-    with pytest.raises(ValueError, match="b:7 has no advantages"):
-        sequences_of([replace(group, advantages=None)])
-    with pytest.raises(ValueError, match="b:7 has 1 responses but 2 advantages"):
-        sequences_of([replace(group, advantages=np.zeros(2))])
+    group = Group(prompt=encoded([1], "b:7"), responses=(response([2], [0.0]),))
     with pytest.raises(ValueError, match="b:7 has 2 ids but 1 log-probs"):
         sequences_of([replace(group, responses=(response([2, 3], [0.0]),))])
     with pytest.raises(ValueError, match="b:7 has no tokens"):
