@@ -6,7 +6,7 @@ import functools
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,11 +61,14 @@ class Machinery:
     algorithm: Algorithm
     sampling: SamplingParams
 
-    def prompts(self, files: Sequence[str], quarantine: Path) -> PromptSource:
-        """The prompts of ``files``; rows that are bad, or whose gold answer no reward can parse, are set aside."""
+    def prompts(self, files: Sequence[str], quarantine: Path, max_rows: int | None = None) -> PromptSource:
+        """The prompts of ``files``, or of their first ``max_rows`` rows.
+
+        Rows that are bad, or whose gold answer no reward can parse, are set aside.
+        """
         return prompt_source(
             files,
-            self.config.data,
+            replace(self.config.data, max_samples=max_rows),
             self.processor,
             seed=self.config.run.seed,
             quarantine_path=quarantine,
@@ -93,7 +96,7 @@ class Machinery:
         self.exchange.barrier()
 
     def _reason_to_drop(self, prompt: Prompt) -> str | None:
-        (good,) = self.pool.check_golds([prompt.answer])
+        (good,) = self.pool.check_prompts([prompt])
         return None if good else f"the gold answer {prompt.answer!r} cannot be parsed"
 
 
@@ -126,7 +129,7 @@ def machinery(config: Config, scratch: Path) -> Iterator[Machinery]:
             scorer=Scorer(pool, exchange),
             handover=Handover(policy, fleet, _weight_path(config, policy, fleet, exchange, planner)),
             packer=packer_for(config, layout, processor.pad_token_id, exchange.rank),
-            algorithm=build_algorithm(config.algorithm),
+            algorithm=build_algorithm(config.algorithm, max_response_tokens=config.rollout.max_response_tokens),
             sampling=_sampling(config),
         )
 
@@ -188,6 +191,7 @@ def _devices(config: Config, engine: int, planner: Planner | None) -> tuple[int,
 def _distribution(config: Config, processor: Processor) -> TokenDistribution:
     return TokenDistribution(
         temperature=config.rollout.temperature,
+        repetition_penalty=config.rollout.repetition_penalty,
         banned=torch.tensor(processor.banned_token_ids(), dtype=torch.int64, device=device()),
         vocab_size=processor.vocab_size,
         chunk_tokens=config.trainer.logprob_chunk_tokens,
@@ -218,6 +222,7 @@ def _sampling(config: Config) -> SamplingParams:
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
         top_k=config.rollout.top_k,
+        repetition_penalty=config.rollout.repetition_penalty,
         max_new_tokens=config.rollout.max_response_tokens,
         num_samples=config.rollout.samples_per_prompt,
     )

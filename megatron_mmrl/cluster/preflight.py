@@ -11,8 +11,9 @@ from typing import Any, Literal
 from megatron_mmrl.algorithms.registry import build_algorithm
 from megatron_mmrl.config import Config, ConfigError
 from megatron_mmrl.data.formats import FORMATS
+from megatron_mmrl.data.template import template_of
 from megatron_mmrl.parallel.layout import check_layout
-from megatron_mmrl.rewards.registry import check_reward_name
+from megatron_mmrl.rewards.check import check_rewards
 
 
 def preflight(config: Config, *, need: Literal["train_files", "eval_files"] = "train_files") -> None:
@@ -28,9 +29,9 @@ def preflight(config: Config, *, need: Literal["train_files", "eval_files"] = "t
     try:
         check_layout(read_model_config(config.model.path), config)
         _check_engine_ranks(config)
-        build_algorithm(config.algorithm)
-        for term in config.reward.terms:
-            check_reward_name(term.name)
+        build_algorithm(config.algorithm, max_response_tokens=config.rollout.max_response_tokens)
+        template_of(config.data)
+        check_rewards(config.reward)
     except KeyError as error:
         raise ConfigError(f"model.path={config.model.path}: config.json has no {error.args[0]}") from error
     except ConfigError:

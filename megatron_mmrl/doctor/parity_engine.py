@@ -95,7 +95,7 @@ class EngineProbe:
         Raises:
             EngineError: no answer, or one without the log-probs that were asked for.
         """
-        answers = self._http.call_all([_call(variant) for variant in variants])
+        answers = self._http.call_all([_call(variant) for variant in variants], lambda _, answer: answer)
         logprobs: list[NDArray[np.float32]] = []
         other_ids = []
         for variant, answer in zip(variants, answers, strict=True):

@@ -97,7 +97,7 @@ def _write_group(file: IO[str], group: Group) -> None:
             "text": response.text,
             "answer": group.prompt.prompt.answer,
             "reward": score.total,
-            "terms": dict(score.terms),
+            "terms": {**score.terms, **score.extras},
             "error": score.error,
             "length": len(response.ids),
             "finish": response.finish,

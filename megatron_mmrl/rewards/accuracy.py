@@ -1,77 +1,161 @@
-"""Whether a response's answer equals the gold answer, as math-verify sees it.
+"""Whether a response's answer is the gold answer: the same string, the same choice, or the same mathematics.
 
-Nothing here limits time: expressions such as 9^(9^(9^9)) take for ever. ``pool.py`` runs it in a process that can
-be killed, which is why math-verify's own limits (SIGALRM, which cannot interrupt one long C call) stay off.
+Cheap comparisons come first; math-verify (``mathematics.py``) is asked only where they cannot tell.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
+from megatron_mmrl.rewards.choices import options_of, read_choice, same_words, stated_choice
+from megatron_mmrl.rewards.extract import BOXED, TEXT, Found, check_places, find_answer, is_only_block
+from megatron_mmrl.rewards.legacy import ACCURACY, original
+from megatron_mmrl.rewards.mathematics import (
+    parse_answer,
+    parse_gold,
+    parse_text,
+    plain_number,
+    same_mathematics,
+    same_plain_numbers,
+)
 from megatron_mmrl.types import Prompt
 
-if TYPE_CHECKING:
-    from sympy import Basic, MatrixBase
 
-_OPEN, _CLOSE = "<answer>", "</answer>"
-_DELIMITED = re.compile(r"\$|\\boxed|\\\(|\\\[")  # says itself where its mathematics begins
-_WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sqrt|sin|cos|tan|log|ln)\b)[A-Za-z]{2,}")  # no LaTeX command, no function
-_TWO_NUMBERS = re.compile(r"\d\s+\d")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accuracy:
+    """1.0 when the response's answer equals ``prompt.answer``, else 0.0; its fields are the term's kwargs.
 
-
-def accuracy(prompt: Prompt, response_text: str) -> float:
-    """1.0 when the text inside the last ``<answer>...</answer>`` equals ``prompt.answer``, else 0.0.
-
-    Equal means the same string, or the same mathematics (1/2 and 0.5). A response without an answer block gets 0,
-    and so does any response to a gold answer that cannot be parsed.
+    Equal means the same string, or the same mathematics (1/2 and 0.5). A response without an answer gets 0, and so does
+    any response to a gold answer with which nothing can be compared.
     """
-    answer = extract_answer(response_text)
-    if answer is None:
-        return 0.0
-    gold = _parse_gold(prompt.answer)
-    if not gold:
-        return 0.0
-    if answer == prompt.answer.strip():
-        return 1.0
-    return float(_same_mathematics(gold, _parse(answer)))
+
+    extract: str | Sequence[str] = "answer"
+    """Where the answer stands, in order of preference: tags (``answer``, ``SOLUTION``), ``boxed``, ``text``."""
+    string: bool = False
+    """Equal up to spacing counts too, so gold answers that are no mathematics ("Alabama") can be rewarded."""
+    multiple_choice: bool = True
+    """Where ``prompt.meta["choices"]`` gives options, or the gold answer is a capital letter: letters and texts are
+    compared as choices, whichever of them question and answer use."""
+    only_block: bool = False
+    """A tag that does not stand exactly once holds no answer."""
+    max_answer_chars: int = 4096
+    """A longer answer is compared as a string only."""
+    legacy: bool | str = False
+    """The original whose accuracy this is, mistakes included: siirl (or true), mm_eureka, swift_r1v, gemma_math; the
+    other fields then do not matter."""
+
+    reads_meta: ClassVar[Sequence[str]] = ("choices",)
+    """Keys of ``prompt.meta`` that its value depends on."""
+
+    def __post_init__(self) -> None:
+        check_places(self.places)
+        original(ACCURACY, self.legacy)
+        if self.max_answer_chars < 1:
+            raise ValueError(f"max_answer_chars={self.max_answer_chars}: must be at least 1")
+
+    @property
+    def places(self) -> Sequence[str]:
+        return (self.extract,) if isinstance(self.extract, str) else self.extract
+
+    def __call__(self, prompt: Prompt, response_text: str) -> float:
+        """See the class."""
+        if (legacy := original(ACCURACY, self.legacy)) is not None:
+            return legacy(prompt.answer, response_text)
+        tags = [place for place in self.places if place not in (BOXED, TEXT)]
+        if self.only_block and not all(is_only_block(response_text, tag) for tag in tags):
+            return 0.0
+        found = find_answer(response_text, self.places)
+        return float(found is not None and self._right(found, self._gold(prompt), prompt))
+
+    def accepts(self, prompt: Prompt) -> bool:
+        """Whether anything can be compared with the gold answer. Rows where nothing can are dropped and counted."""
+        if original(ACCURACY, self.legacy) is not None:
+            return True  # the originals reward what they cannot parse
+        gold = self._gold(prompt)
+        options = options_of(prompt.meta, gold) if self.multiple_choice else None
+        if options is not None and read_choice(gold, options) is not None:
+            return True
+        return bool(gold) if self.string else _is_mathematics(gold)
+
+    def _gold(self, prompt: Prompt) -> str:
+        """Some data sets keep the gold answer in the tags that the response must use."""
+        tagged = find_answer(prompt.answer, [place for place in self.places if place != TEXT])
+        return tagged.text if tagged else prompt.answer.strip()
+
+    def _right(self, found: Found, gold: str, prompt: Prompt) -> bool:
+        answer = found.text
+        if found.delimited and answer == gold and (self.string or plain_number(gold) is not None):
+            return bool(gold)
+        options = options_of(prompt.meta, gold) if self.multiple_choice else None
+        if options is not None:
+            named = read_choice(answer, options) if found.delimited else _choice_in(answer, options)
+            wanted = read_choice(gold, options)
+            if named is not None and wanted is not None:
+                return named == wanted
+            gold, answer = _option(options, wanted, gold), _option(options, named, answer)
+        return self._equal(gold, answer, delimited=found.delimited, words=options is not None)
+
+    def _equal(self, gold: str, answer: str, *, delimited: bool, words: bool) -> bool:
+        """As strings where that is asked for, else as mathematics."""
+        if self.string and gold and answer.split() == gold.split():
+            return True
+        if words and gold and same_words(gold, answer):
+            return True
+        if len(answer) > self.max_answer_chars and delimited:
+            return answer == gold and _is_mathematics(gold)
+        return is_equal(gold, answer) if delimited else same_mathematics(parse_gold(gold), parse_text(answer))
 
 
-def gold_is_parsable(answer: str) -> bool:
-    """Whether a gold answer can be compared with at all. Rows where it cannot are dropped and counted."""
-    return bool(_parse_gold(answer))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Boxed:
+    r"""-1.0 without a ``\boxed{}``, 1.0 when the inside of the last one equals the gold answer, else 0.0."""
+
+    multiple_choice: bool = True
+    max_answer_chars: int = 4096
+    reads_meta: ClassVar[Sequence[str]] = Accuracy.reads_meta
+
+    def __call__(self, prompt: Prompt, response_text: str) -> float:
+        """See the class."""
+        if find_answer(response_text, (BOXED,)) is None:
+            return -1.0
+        return self._accuracy()(prompt, response_text)
+
+    def accepts(self, prompt: Prompt) -> bool:
+        """See ``Accuracy.accepts``."""
+        return self._accuracy().accepts(prompt)
+
+    def _accuracy(self) -> Accuracy:
+        return Accuracy(extract=BOXED, multiple_choice=self.multiple_choice, max_answer_chars=self.max_answer_chars)
 
 
-def extract_answer(response_text: str) -> str | None:
-    """The stripped text inside the last complete ``<answer>...</answer>``, or None."""
-    end = response_text.rfind(_CLOSE)
-    start = response_text.rfind(_OPEN, 0, max(end, 0))
-    return response_text[start + len(_OPEN) : end].strip() if start >= 0 else None
+accuracy = Accuracy()
+"""The term without kwargs: ``accuracy(prompt, response_text)``."""
 
 
-@lru_cache(maxsize=4096)
-def _parse_gold(answer: str) -> list[Basic | MatrixBase | str]:
-    return _parse(answer.strip())
+@lru_cache(maxsize=1 << 14)
+def is_equal(gold: str, answer: str) -> bool:
+    """Whether two answers, each as a whole, are the same mathematics; never so for a gold answer that is none.
 
-
-def _parse(answer: str) -> list[Basic | MatrixBase | str]:
-    """The expressions that math-verify finds in an answer taken out of its tags; [] when it finds none.
-
-    The answer is read as a whole: without delimiters of its own it is put between dollar signs, since math-verify
-    otherwise picks single numbers out of it (1 out of "1+x^2", 2 out of "2:30"). Not so when it has words, which
-    would be read as products of letters ("cat" would equal "act"). Two numbers side by side are no single answer,
-    though the LaTeX parser adds them up ("3 4" would equal 7).
+    Remembered: the responses of a group differ in their thoughts more than in their answers.
     """
-    from math_verify import parse
+    if (same := same_plain_numbers(gold, answer)) is not None:
+        return same
+    if answer == gold:
+        return _is_mathematics(gold)
+    return bool(parse_gold(gold)) and same_mathematics(parse_gold(gold), parse_answer(answer))
 
-    if _TWO_NUMBERS.search(answer):
-        return []
-    whole = answer if _DELIMITED.search(answer) or _WORD.search(answer) else f"${answer}$"
-    return [found for found in parse(whole, parsing_timeout=None) if not isinstance(found, str)]
+
+def _is_mathematics(gold: str) -> bool:
+    return plain_number(gold) is not None or bool(parse_gold(gold))
 
 
-def _same_mathematics(gold: list[Basic | MatrixBase | str], answer: list[Basic | MatrixBase | str]) -> bool:
-    from math_verify import verify
+def _choice_in(text: str, options: Sequence[str]) -> int | None:
+    named = read_choice(text, options)
+    return stated_choice(text, options) if named is None else named
 
-    return bool(answer) and verify(gold, answer, timeout_seconds=None)
+
+def _option(options: Sequence[str], index: int | None, text: str) -> str:
+    return options[index] if index is not None and options else text

@@ -1,38 +1,59 @@
-"""Spreads jobs over worker processes and replaces those that hang or die.
+"""Spreads jobs over worker processes and replaces those that hang or die, on a thread of its own.
 
-A hang costs its own job and nothing else: the worker is killed, the rest of its batch goes to another.
+A hang costs its own job and nothing else: the worker is killed, the rest of its batch goes to another. The thread keeps
+time limits while whoever asked does something else, such as waiting for an engine.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-import selectors
+import os
+import select
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 
-from megatron_mmrl.rewards.process import Job, Reply, WorkerProcess
+from megatron_mmrl.rewards.process import Job, Reply, WorkerProcess, WorkerSpec
 
 _MAX_BATCH = 64  # jobs sent to a worker at once
+_MAX_FAILED_STARTS = 3  # in a row, once workers have been seen to start
+Question = Mapping[str, object]
 
 
 class Dispatcher:
-    """``num_workers`` processes, ready when the constructor returns.
+    """``num_workers`` processes, ready when the constructor returns. May be used by any thread.
+
+    Linux ends a worker when the thread that started it ends; here that is the dispatcher's own.
 
     Raises:
         ValueError: a worker refused the terms.
         RuntimeError: a worker did not start.
     """
 
-    def __init__(self, terms: Sequence[tuple[str, Mapping[str, object]]], timeout_s: float, num_workers: int) -> None:
-        self._terms, self._timeout_s = terms, timeout_s
+    def __init__(self, spec: WorkerSpec, num_workers: int) -> None:
+        self._spec = spec
         self._workers: list[WorkerProcess] = []
+        self._waiting: deque[Job] = deque()
+        self._futures: dict[int, Future[Reply]] = {}  # of jobs without a reply, by index
+        self._num_jobs = 0
+        self._lock = threading.Lock()  # of the three that any thread may touch:
+        self._asked: deque[tuple[Question, Future[Reply]]] = deque()  # not yet seen by our thread
+        self._bell: tuple[int, int] | None = os.pipe()  # wakes our thread up; None once it has ended
+        self._closing, self._reason = False, "nothing is scored any more"
+        self._is_up, self._failed_starts = False, 0  # failures since a worker was last ready
+        os.set_blocking(self._bell[1], False)
+        ready: Future[None] = Future()
+        self._thread = threading.Thread(
+            target=self._serve, args=(num_workers, ready), name="reward-dispatch", daemon=True
+        )
+        self._thread.start()
         with ExitStack() as on_error:
             on_error.callback(self.close)
-            self._workers += [self._start() for _ in range(num_workers)]
-            while not all(worker.ready for worker in self._workers):
-                self._turn(deque(), {})
+            ready.result()
             on_error.pop_all()
 
     @property
@@ -40,65 +61,122 @@ class Dispatcher:
         """Process ids of the workers now at work."""
         return [worker.pid for worker in self._workers]
 
-    def run(self, questions: Sequence[Mapping[str, object]]) -> list[Reply]:
-        """A reply to each question, in order. Whatever interrupts it closes the dispatcher."""
-        if not self._workers:
-            raise RuntimeError("the worker processes are closed")
-        waiting = deque(Job(index=index, question=question) for index, question in enumerate(questions))
-        batch = min(_MAX_BATCH, math.ceil(len(questions) / (4 * len(self._workers))))
-        replies: dict[int, Reply] = {}
-        with ExitStack() as on_error:
-            on_error.callback(self.close)  # interrupted half-way, workers would answer what nobody asks any more
-            while len(replies) < len(questions):
-                self._assign(waiting, batch)
-                self._turn(waiting, replies)
-            on_error.pop_all()
-        return [replies[index] for index in range(len(questions))]
+    def submit(self, questions: Sequence[Question]) -> list[Future[Reply]]:
+        """Have questions answered; returns at once, a future for each.
+
+        Raises:
+            RuntimeError: the dispatcher has ended.
+        """
+        futures: list[Future[Reply]] = [Future() for _ in questions]
+        with self._lock:
+            if self._closing or self._bell is None:
+                raise RuntimeError(f"the worker processes are closed: {self._reason}")
+            self._asked.extend(zip(questions, futures, strict=True))
+            self._ring()
+        return futures
 
     def close(self) -> None:
-        """End the workers; safe to call twice."""
+        """End the workers; what was asked and has no reply fails. Safe to call twice."""
+        with self._lock:
+            self._closing = True
+            self._ring()
+        self._thread.join()
+
+    def _ring(self) -> None:
+        if self._bell is not None:
+            with contextlib.suppress(BlockingIOError):  # it was rung often enough
+                os.write(self._bell[1], b"!")
+
+    def _serve(self, num_workers: int, ready: Future[None]) -> None:
+        """The thread: start workers, hand out jobs and collect replies until told to end."""
+        with ExitStack() as stack:
+            stack.callback(self._end, ready)
+            try:
+                self._workers += [self._start() for _ in range(num_workers)]
+                while not all(worker.ready for worker in self._workers):
+                    self._turn()
+                ready.set_result(None)
+                self._is_up = True
+                while not self._closing:
+                    self._accept()
+                    self._assign()
+                    self._turn()
+            except (ValueError, RuntimeError, OSError) as error:
+                self._reason = str(error)
+                if not ready.done():
+                    ready.set_exception(error)
+
+    def _end(self, ready: Future[None]) -> None:
         while self._workers:
             self._workers.pop().kill()
+        with self._lock:
+            left = [*self._futures.values(), *(future for _, future in self._asked)]
+            if self._bell is not None:
+                for end in self._bell:
+                    os.close(end)
+                self._bell = None
+        closed = RuntimeError(f"the worker processes are closed: {self._reason}")
+        for future in left:
+            future.set_exception(closed)
+        if not ready.done():
+            ready.set_exception(closed)
 
     def _start(self) -> WorkerProcess:
-        return WorkerProcess(self._terms, self._timeout_s)
+        return WorkerProcess(self._spec)
 
-    def _assign(self, waiting: deque[Job], batch: int) -> None:
+    def _accept(self) -> None:
+        with self._lock:
+            asked = list(self._asked)
+            self._asked.clear()
+        for question, future in asked:
+            self._futures[self._num_jobs] = future
+            self._waiting.append(Job(index=self._num_jobs, question=question))
+            self._num_jobs += 1
+
+    def _assign(self) -> None:
+        batch = min(_MAX_BATCH, math.ceil(len(self._waiting) / (4 * len(self._workers))))
         for slot, worker in enumerate(self._workers):
-            if not worker.is_running() and not worker.jobs:  # ended while it was idle: nothing is lost
+            if not worker.jobs and not worker.is_running():  # ended while it was idle: nothing is lost
                 worker.kill()
                 self._workers[slot] = self._start()
-            elif worker.ready and not worker.jobs and waiting:
-                worker.assign([waiting.popleft() for _ in range(min(batch, len(waiting)))])
+            elif worker.ready and not worker.jobs and self._waiting:
+                worker.assign([self._waiting.popleft() for _ in range(min(batch, len(self._waiting)))])
 
-    def _turn(self, waiting: deque[Job], replies: dict[int, Reply]) -> None:
-        """Wait for the next answer or deadline, collect answers, replace workers that are late or gone."""
+    def _turn(self) -> None:
+        """Wait for the next answer, question or deadline; collect answers, replace workers that are late or gone."""
         self._wait()
         for slot, worker in enumerate(self._workers):
             worker.flush()
-            replies.update(worker.receive())
+            for index, reply in worker.receive():
+                self._futures.pop(index).set_result(reply)
             if worker.ended or worker.overdue:
-                self._workers[slot] = self._replace(worker, waiting, replies)
+                self._workers[slot] = self._replace(worker)
 
     def _wait(self) -> None:
         deadline = min(worker.deadline for worker in self._workers)
-        with selectors.DefaultSelector() as selector:
-            for worker in self._workers:
-                selector.register(worker.output, selectors.EVENT_READ)
-                if worker.unsent:
-                    selector.register(worker.input, selectors.EVENT_WRITE)
-            selector.select(None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
+        assert self._bell is not None
+        poll = select.poll()
+        poll.register(self._bell[0], select.POLLIN)
+        for worker in self._workers:
+            poll.register(worker.output, select.POLLIN)
+            if worker.unsent:
+                poll.register(worker.input, select.POLLOUT)
+        wait_ms = None if deadline == math.inf else math.ceil(max(0.0, deadline - time.monotonic()) * 1000)
+        if any(fd == self._bell[0] for fd, _ in poll.poll(wait_ms)):
+            os.read(self._bell[0], 1 << 12)
 
-    def _replace(self, worker: WorkerProcess, waiting: deque[Job], replies: dict[int, Reply]) -> WorkerProcess:
-        ended, code = worker.ended, worker.kill()
-        if not worker.ready:
+    def _replace(self, worker: WorkerProcess) -> WorkerProcess:
+        ended = worker.ended
+        busy = not ended and worker.was_busy()
+        code = worker.kill()
+        self._failed_starts = 0 if worker.ready else self._failed_starts + 1
+        if self._failed_starts > (_MAX_FAILED_STARTS if self._is_up else 0):
             what = f"ended with code {code}" if ended else "was not ready in time"
             raise RuntimeError(f"a reward worker {what} while starting; what it printed says why")
         if worker.jobs:
             index = worker.jobs.popleft().index
-            late = f"scoring took longer than the limit of {self._timeout_s:g} s"
-            replies[index] = Reply(
-                error=f"scoring ended the worker, code {code}" if ended else late, timed_out=not ended
-            )
-            waiting.extendleft(reversed(worker.jobs))
+            late = f"scoring took longer than the limit of {self._spec.timeout_s:g} s"
+            error = f"scoring ended the worker, code {code}" if ended else late
+            self._futures.pop(index).set_result(Reply(error=error, timed_out=not ended, was_busy=busy))
+            self._waiting.extendleft(reversed(worker.jobs))
         return self._start()

@@ -1,29 +1,43 @@
 """Scores responses in processes that are killed when one takes too long.
 
-Create the pool in a thread that lives as long as it does, for instance the main one: Linux ends a worker when the
-thread that started it ends (a worker lost that way is replaced at the next call).
+``submit`` hands a group over and returns, ``score`` collects: what is submitted while other completions are still
+being generated is scored by then. A verdict belongs to a question and a text, not to a call, so it does not matter who
+submits what, in which order, or how often.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from megatron_mmrl.config.reward import RewardConfig
 from megatron_mmrl.rewards.compose import compose, zero_score
 from megatron_mmrl.rewards.dispatch import Dispatcher
-from megatron_mmrl.rewards.process import Reply
-from megatron_mmrl.rewards.registry import GOLD_IS_PARSED, REWARDS, check_reward_name
+from megatron_mmrl.rewards.process import Reply, WorkerSpec
+from megatron_mmrl.rewards.registry import check_reward_name, reads_gold, reads_meta, reads_tokens
 from megatron_mmrl.types import Group, Prompt, Response, Score
 
 _CACHE_SIZE = 1 << 16
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Verdict:
+    """A score, and whether the same question would come to the same: else it is forgotten once it was collected."""
+
+    score: Score
+    late: bool = False
+    lasting: bool = True
+
+
 class RewardPool:
-    """``reward.num_workers`` processes, ready to score when the constructor returns.
+    """``reward.num_workers`` processes, ready to score when the constructor returns. May be used by any thread.
 
     The kernel kills the workers when this process ends, however it ends; ``close`` ends them before that.
 
@@ -36,12 +50,18 @@ class RewardPool:
         for term in config.terms:
             check_reward_name(term.name)
         self._config = config
-        self._weights = {term.name: term.weight for term in config.terms}
-        self._only_answer_matters = all(name in REWARDS for name in self._weights)
-        self._cache: OrderedDict[bytes, Score] = OrderedDict()
+        self._weights = {term.key: term.weight for term in config.terms}
+        read = [reads_meta(term.name) for term in config.terms]
+        self._all_of_prompt_matters = None in read
+        self._meta_keys = sorted({key for keys in read for key in keys or ()})
+        self._length_matters = any(reads_tokens(term.name) for term in config.terms)
+        self._some_golds_are_useless = any(reads_gold(term.name) for term in config.terms)
+        self._lock = threading.Lock()  # of the three below
+        self._verdicts: OrderedDict[bytes, _Verdict] = OrderedDict()
+        self._asked: dict[bytes, Future[Reply]] = {}
+        self._late_once: set[bytes] = set()
         self._timeouts = self._errors = 0
-        terms = [(term.name, dict(term.kwargs)) for term in config.terms]
-        self._dispatcher = Dispatcher(terms, config.timeout_s, config.num_workers)
+        self._dispatcher = Dispatcher(worker_spec(config), config.num_workers)
 
     def __enter__(self) -> Self:
         return self
@@ -51,6 +71,27 @@ class RewardPool:
     ) -> None:
         self.close()
 
+    def submit(self, group: Group) -> None:
+        """Have the group's responses scored some time; returns at once.
+
+        Raises:
+            RuntimeError: the pool is closed.
+        """
+        questions: dict[bytes, dict[str, object]] = {}
+        for response in group.responses:
+            key = self._key(group.prompt.prompt, response)
+            if len(response.text) <= self._config.max_response_chars:
+                questions[key] = _question(group.prompt.prompt, response)
+        with self._lock:
+            new = [key for key in questions if key not in self._verdicts and key not in self._asked]
+            self._asked |= zip(new, self._dispatcher.submit([questions[key] for key in new]), strict=True)
+
+    def has(self, group: Group) -> bool:
+        """Whether every response of the group was submitted here, and what came of it is at hand or on its way."""
+        keys = [self._key(group.prompt.prompt, response) for response in group.responses]
+        with self._lock:
+            return all(key in self._verdicts or key in self._asked for key in keys)
+
     def score(self, groups: Sequence[Group]) -> list[Group]:
         """The groups, in order, with a Score for each response.
 
@@ -58,38 +99,39 @@ class RewardPool:
         whose scoring passes ``timeout_s``, raises, ends the worker or gives something other than a finite number has
         every term 0 and ``Score.error``; so has one longer than ``max_response_chars``, which no reward gets to see.
         """
+        for group in groups:
+            self.submit(group)
         keys = [[self._key(group.prompt.prompt, response) for response in group.responses] for group in groups]
-        questions: dict[bytes, dict[str, object]] = {}
-        scores: dict[bytes, Score] = {}
-        for group, group_keys in zip(groups, keys, strict=True):
-            for response, key in zip(group.responses, group_keys, strict=True):
-                if len(response.text) > self._config.max_response_chars:
-                    scores[key] = zero_score(self._weights, self._too_long(response.text))
-                elif key in self._cache:
-                    self._cache.move_to_end(key)
-                    scores[key] = self._cache[key]
-                elif key not in questions:
-                    questions[key] = {"prompt": _without_images(group.prompt.prompt), "text": response.text}
-        replies = dict(zip(questions, self._dispatcher.run(list(questions.values())), strict=True))
-        scores |= {key: self._score(reply) for key, reply in replies.items()}
-        self._remember({key: scores[key] for key in replies})
-        self._count([key for group_keys in keys for key in group_keys], scores, replies)
-        return [
-            group.with_scores(tuple(scores[key] for key in group_keys))
+        self._collect([key for group_keys in keys for key in group_keys])
+        scored = [
+            group.with_scores(tuple(self._look_up(*pair) for pair in zip(group.responses, group_keys, strict=True)))
             for group, group_keys in zip(groups, keys, strict=True)
         ]
+        self._forget({key for group_keys in keys for key in group_keys})
+        return scored
 
     def check_golds(self, answers: Sequence[str]) -> list[bool]:
-        """Whether each gold answer can be compared with; true of all where no term parses it.
+        """``check_prompts`` for questions of which only the gold answers are known."""
+        return self.check_prompts(
+            [Prompt(id="", source="", messages=(), images=(), answer=answer) for answer in answers]
+        )
 
-        One that takes longer than ``timeout_s`` to parse cannot, nor one longer than ``max_response_chars``.
+    def check_prompts(self, prompts: Sequence[Prompt]) -> list[bool]:
+        """Whether each gold answer is one that every term can compare with; true of all where no term looks at it.
+
+        One that takes longer than ``timeout_s`` to parse is not, nor one longer than ``max_response_chars``.
         """
-        if GOLD_IS_PARSED.isdisjoint(self._weights):
-            return [True] * len(answers)
-        distinct = [a for a in dict.fromkeys(answers) if len(a) <= self._config.max_response_chars]
-        replies = self._dispatcher.run([{"gold": answer} for answer in distinct])
-        good = {answer for answer, reply in zip(distinct, replies, strict=True) if reply.value is True}
-        return [answer in good for answer in answers]
+        if not self._some_golds_are_useless:
+            return [True] * len(prompts)
+        keys = [self._gold_key(prompt) for prompt in prompts]
+        distinct = {
+            key: {"prompt": _without_images(prompt)}
+            for key, prompt in zip(keys, prompts, strict=True)
+            if len(prompt.answer) <= self._config.max_response_chars
+        }
+        futures = self._dispatcher.submit(list(distinct.values()))
+        good = {key for key, future in zip(distinct, futures, strict=True) if future.result().value is True}
+        return [key in good for key in keys]
 
     def counters(self) -> dict[str, float]:
         """``reward/timeouts`` and ``reward/errors``: responses that scored 0 for it since the last call."""
@@ -105,31 +147,78 @@ class RewardPool:
         """End the workers; safe to call twice."""
         self._dispatcher.close()
 
+    def _collect(self, keys: Sequence[bytes]) -> None:
+        """Wait for what was asked of ``keys`` and keep it as verdicts.
+
+        The last one is waited for first: the others are done by then, and this thread is woken up once.
+        """
+        with self._lock:
+            asked = {key: self._asked[key] for key in reversed(keys) if key in self._asked}
+        replies = {key: future.result() for key, future in asked.items()}
+        with self._lock:
+            for key, reply in replies.items():
+                self._verdicts[key] = self._verdict(reply, again=key in self._late_once)
+                self._asked.pop(key, None)
+            self._late_once |= {key for key, reply in replies.items() if reply.timed_out}
+
+    def _forget(self, used: set[bytes]) -> None:
+        """Verdicts that may come out otherwise next time, and the oldest of too many."""
+        with self._lock:
+            for key in used & self._verdicts.keys():
+                self._verdicts.move_to_end(key)
+                if not self._verdicts[key].lasting:
+                    del self._verdicts[key]
+            while len(self._verdicts) > max(_CACHE_SIZE, len(used)):
+                self._verdicts.popitem(last=False)
+            done = [key for key, future in self._asked.items() if future.done()]
+            for key in done[: max(0, len(self._asked) - _CACHE_SIZE)]:  # submitted and never collected
+                del self._asked[key]
+
+    def _look_up(self, response: Response, key: bytes) -> Score:
+        limit = self._config.max_response_chars
+        if len(response.text) > limit:
+            self._errors += 1
+            reason = f"response of {len(response.text)} characters is longer than reward.max_response_chars={limit}"
+            return zero_score(self._weights, reason)
+        verdict = self._verdicts[key]
+        self._timeouts += verdict.late
+        self._errors += verdict.score.error is not None and not verdict.late
+        return verdict.score
+
+    def _verdict(self, reply: Reply, *, again: bool) -> _Verdict:
+        """A hang that computed all the time is remembered; one that hardly ran (a busy machine) when late again."""
+        if reply.error is None and isinstance(reply.value, dict):
+            return _Verdict(score=compose(reply.value, self._weights, reply.extras))
+        score = zero_score(self._weights, reply.error or f"unexpected reply {reply.value!r}")
+        return _Verdict(score=score, late=reply.timed_out, lasting=reply.was_busy or (again and reply.timed_out))
+
     def _key(self, prompt: Prompt, response: Response) -> bytes:
-        """Built-in terms read the gold answer only; a user's may read all of the prompt."""
-        question = prompt.answer if self._only_answer_matters else prompt.id
-        text = f"{len(question)}:{question}{response.text}"
+        """Built-in terms read the gold answer and little else; a user's may read all of the prompt."""
+        question = prompt.id if self._all_of_prompt_matters else self._gold_key(prompt)
+        length = f"{len(response.ids)} {response.finish}" if self._length_matters else ""
+        text = f"{len(question)}:{question}{length}:{response.text}"
         return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
-    def _score(self, reply: Reply) -> Score:
-        if reply.error is not None or not isinstance(reply.value, dict):
-            return zero_score(self._weights, reply.error or f"unexpected reply {reply.value!r}")
-        return compose(reply.value, self._weights)
+    def _gold_key(self, prompt: Prompt) -> str:
+        return json.dumps([prompt.answer, *(prompt.meta.get(key) for key in self._meta_keys)], default=str)
 
-    def _remember(self, scores: dict[bytes, Score]) -> None:
-        """Only what went well: a time limit may have been passed because the machine was busy."""
-        self._cache |= {key: score for key, score in scores.items() if score.error is None}
-        while len(self._cache) > _CACHE_SIZE:
-            self._cache.popitem(last=False)
 
-    def _count(self, keys: Sequence[bytes], scores: dict[bytes, Score], replies: dict[bytes, Reply]) -> None:
-        late = sum(key in replies and replies[key].timed_out for key in keys)
-        self._timeouts += late
-        self._errors += sum(scores[key].error is not None for key in keys) - late
+def worker_spec(config: RewardConfig) -> WorkerSpec:
+    """What the configuration asks of every worker."""
+    return WorkerSpec(
+        terms=[(term.key, term.name, dict(term.kwargs)) for term in config.terms],
+        timeout_s=config.timeout_s,
+        max_memory_bytes=config.max_memory_bytes,
+    )
 
-    def _too_long(self, text: str) -> str:
-        limit = self._config.max_response_chars
-        return f"response of {len(text)} characters is longer than reward.max_response_chars={limit}"
+
+def _question(prompt: Prompt, response: Response) -> dict[str, object]:
+    return {
+        "prompt": _without_images(prompt),
+        "text": response.text,
+        "tokens": len(response.ids),
+        "finish": response.finish,
+    }
 
 
 def _without_images(prompt: Prompt) -> dict[str, object]:

@@ -11,13 +11,22 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import IO
 
 START_LIMIT_S = 120.0  # imports only, but possibly on a machine where everything starts at once
 EXIT_LIMIT_S = 5.0
 _READ_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    """What a worker computes and what it may use."""
+
+    terms: Sequence[tuple[str, str, Mapping[str, object]]]  # (key in the scores, name, kwargs)
+    timeout_s: float
+    max_memory_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,19 +42,21 @@ class Reply:
     """The answer: a value, or why there is none."""
 
     value: Mapping[str, float] | bool | None = None
+    extras: Mapping[str, float] | None = None
     error: str | None = None
     timed_out: bool = False
+    was_busy: bool = False  # it timed out computing, not waiting: it would do so again
 
 
 class WorkerProcess:
     """A running ``worker.py``. Jobs are sent in batches, answered in order, and timed one by one."""
 
-    def __init__(self, terms: Iterable[tuple[str, Mapping[str, object]]], timeout_s: float) -> None:
+    def __init__(self, spec: WorkerSpec) -> None:
         self.ready = False
         self.ended = False  # it closed its end of the pipe
         self.jobs: deque[Job] = deque()  # sent and not answered; the first is the one being worked on
         self.deadline = time.monotonic() + START_LIMIT_S
-        self._timeout_s = timeout_s
+        self._timeout_s, self._cpu_s = spec.timeout_s, 0.0
         self._incoming, self._outgoing = bytearray(), bytearray()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "megatron_mmrl.rewards.worker", str(os.getpid())],
@@ -57,7 +68,7 @@ class WorkerProcess:
         )
         for pipe in (self.input, self.output):
             os.set_blocking(pipe.fileno(), False)
-        self._queue({"terms": list(terms), "timeout_s": timeout_s})
+        self._queue(asdict(spec))
 
     @property
     def input(self) -> IO[bytes]:
@@ -92,7 +103,7 @@ class WorkerProcess:
         for job in jobs:
             self.jobs.append(job)
             self._queue({"id": job.index, **job.question})
-        self.deadline = time.monotonic() + self._timeout_s
+        self._start_clock()
         self.flush()
 
     def flush(self) -> None:
@@ -119,13 +130,19 @@ class WorkerProcess:
             if "refused" in message:
                 raise ValueError(message["refused"])
             if "id" in message:
-                answers.append(
-                    (self._answered(message["id"]), Reply(value=message.get("value"), error=message.get("error")))
-                )
+                reply = Reply(value=message.get("value"), extras=message.get("extras"), error=message.get("error"))
+                answers.append((self._answered(message["id"]), reply))
             else:
                 self.ready = True
-            self.deadline = time.monotonic() + self._timeout_s if self.jobs else math.inf
+        if lines and self.jobs:
+            self._start_clock()
+        elif lines:
+            self.deadline = math.inf
         return answers
+
+    def was_busy(self) -> bool:
+        """Whether it spent at least half of the time limit computing on the job at hand. Ask before ``kill``."""
+        return self._cpu_seconds() - self._cpu_s >= self._timeout_s / 2
 
     def kill(self) -> int:
         """End the process and all of its process group; its exit code, negative for a signal. Safe to call twice."""
@@ -140,6 +157,17 @@ class WorkerProcess:
         self.input.close()
         self.output.close()
         return code
+
+    def _start_clock(self) -> None:
+        self.deadline = time.monotonic() + self._timeout_s
+        self._cpu_s = self._cpu_seconds()
+
+    def _cpu_seconds(self) -> float:
+        """Processor time of the process so far; Linux makes the clock's number out of the process's."""
+        try:
+            return time.clock_gettime(~self.pid << 3 | 2)  # as clock_getcpuclockid(3) does
+        except OSError:
+            return 0.0  # it has ended
 
     def _queue(self, message: Mapping[str, object]) -> None:
         self._outgoing += json.dumps(message).encode() + b"\n"

@@ -1,72 +1,85 @@
-"""Reward terms by name: built in, or a user's function as ``package.module:function``.
+"""Reward terms by name: built in, or a user's as ``package.module:function`` or ``path/to/file.py:function``.
 
-A term is a pure function ``(prompt: Prompt, response_text: str, **kwargs) -> float``. To add one, write it and name
-it in ``reward.terms``; nothing has to be registered. The prompt it is given carries no images.
+A built-in term is a class whose fields are the term's kwargs and whose instances are called with (prompt,
+response_text), and with ``response_tokens`` where they ask for it. To add one of your own, write it in one of the forms
+of ``forms.py`` and name it in ``reward.terms``; nothing has to be registered.
 """
 
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from megatron_mmrl.rewards.accuracy import accuracy
-from megatron_mmrl.rewards.format import think_answer_format
+from megatron_mmrl.rewards.accuracy import Accuracy, Boxed
+from megatron_mmrl.rewards.benchmark import Benchmark
+from megatron_mmrl.rewards.format import Format
+from megatron_mmrl.rewards.forms import Term, adapt
+from megatron_mmrl.rewards.lengths import Length, Repetition, SoftOverlong
+from megatron_mmrl.rewards.plugins import check_plugin_file, is_plugin_name, load_plugin
 from megatron_mmrl.types import Prompt
 
-RewardFn = Callable[[Prompt, str], float]
-
-REWARDS: dict[str, Callable[..., float]] = {"accuracy": accuracy, "format": think_answer_format}
-GOLD_IS_PARSED = frozenset({"accuracy"})  # terms that mean nothing where the gold answer cannot be parsed
+REWARDS: dict[str, type[Any]] = {
+    "accuracy": Accuracy,
+    "format": Format,
+    "boxed": Boxed,
+    "benchmark": Benchmark,
+    "repetition": Repetition,
+    "soft_overlong": SoftOverlong,
+    "length": Length,
+}
 
 
 def check_reward_name(name: str) -> None:
-    """Refuse a name that is neither built in nor of the form ``module:function``, without importing anything.
+    """Refuse a name that is neither built in nor that of a plugin, or a file that is not there; imports nothing.
 
     Raises:
         ValueError: names the nearest known name.
     """
-    if name in REWARDS or _is_plugin(name):
+    if name in REWARDS:
+        return
+    if is_plugin_name(name):
+        check_plugin_file(name)
         return
     near = difflib.get_close_matches(name, REWARDS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(REWARDS)}, or package.module:function"
-    raise ValueError(f"reward {name!r} is not known; {hint}")
+    known = f"known: {', '.join(REWARDS)}, package.module:function or path/to/file.py:function"
+    raise ValueError(f"reward {name!r} is not known; {f'did you mean {near[0]}?' if near else known}")
 
 
-def build_reward(name: str, kwargs: Mapping[str, object]) -> RewardFn:
-    """The function that ``name`` stands for, with ``kwargs`` bound to it.
+def build_term(name: str, kwargs: Mapping[str, object]) -> Term:
+    """The term that ``name`` stands for, with ``kwargs`` bound to it.
 
     Raises:
-        ValueError: unknown name, a module or function that is not there, or kwargs that the function does not take.
+        ValueError: unknown name, a module or function that is not there, or kwargs that it does not take.
     """
     check_reward_name(name)
-    function = REWARDS[name] if name in REWARDS else _load_plugin(name)
+    return adapt(name, _built_in(name, kwargs), {}) if name in REWARDS else adapt(name, load_plugin(name), kwargs)
+
+
+def build_gold_check(name: str, kwargs: Mapping[str, object]) -> Callable[[Prompt], bool] | None:
+    """Whether a prompt's gold answer is one that the term can compare with; None for terms that take any."""
+    return _built_in(name, kwargs).accepts if reads_gold(name) else None
+
+
+def reads_gold(name: str) -> bool:
+    """Whether some gold answers are of no use to the term."""
+    return hasattr(REWARDS.get(name), "accepts")
+
+
+def reads_tokens(name: str) -> bool:
+    """Whether the term's value may depend on more of the response than its text."""
+    return name not in REWARDS or "response_tokens" in inspect.signature(REWARDS[name].__call__).parameters
+
+
+def reads_meta(name: str) -> Sequence[str] | None:
+    """Keys of ``Prompt.meta`` on which the term's value may depend; None: on any part of the prompt."""
+    return getattr(REWARDS[name], "reads_meta", ()) if name in REWARDS else None
+
+
+def _built_in(name: str, kwargs: Mapping[str, object]) -> Any:
     try:
-        inspect.signature(function).bind("prompt", "response_text", **kwargs)
-    except TypeError as error:
-        raise ValueError(
-            f"reward {name} cannot be called as (prompt, response_text, **{dict(kwargs)}): {error}"
-        ) from error
-    return partial(function, **kwargs)
-
-
-def _is_plugin(name: str) -> bool:
-    module, separator, function = name.partition(":")
-    return bool(separator) and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
-
-
-def _load_plugin(name: str) -> Callable[..., float]:
-    module_name, _, function_name = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, SyntaxError) as error:
-        raise ValueError(
-            f"reward {name}: cannot import {module_name} ({error}); is it right and on PYTHONPATH?"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ValueError(f"reward {name}: {module_name} ({module.__file__}) has no function {function_name}")
-    return cast("Callable[..., float]", function)
+        return REWARDS[name](**kwargs)
+    except (TypeError, ValueError) as error:
+        known = ", ".join(inspect.signature(REWARDS[name]).parameters)
+        raise ValueError(f"reward {name} does not take the kwargs {dict(kwargs)}: {error}; it has {known}") from error

@@ -9,20 +9,20 @@ from __future__ import annotations
 import json
 import logging
 import math
-import numbers
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import IO
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO, Any
 
 from megatron_mmrl.lifetime import die_with_parent
-from megatron_mmrl.rewards.accuracy import accuracy, gold_is_parsable
-from megatron_mmrl.rewards.registry import GOLD_IS_PARSED, RewardFn, build_reward
+from megatron_mmrl.rewards.accuracy import is_equal
+from megatron_mmrl.rewards.forms import Sample, Term
+from megatron_mmrl.rewards.registry import build_gold_check, build_term
 from megatron_mmrl.types import Message, Prompt
 
-MEMORY_LIMIT_BYTES = 8 << 30
+GoldCheck = Callable[[Prompt], bool]
 CPU_GRACE_S = 10  # the parent's limit comes first; this one counts when the parent itself stands still
 
 
@@ -31,7 +31,7 @@ def main() -> int:
     die_with_parent(int(sys.argv[1]))
     requests, replies = _private_pipes()
     spec = json.loads(requests.readline())
-    _set_limits()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off
 
     def reply(message: Mapping[str, object]) -> None:
@@ -39,46 +39,43 @@ def main() -> int:
         replies.flush()
 
     try:
-        rewards = {name: build_reward(name, kwargs) for name, kwargs in spec["terms"]}
+        terms = {key: build_term(name, kwargs) for key, name, kwargs in spec["terms"]}
+        checks = [check for _, name, kwargs in spec["terms"] if (check := build_gold_check(name, kwargs))]
     except ValueError as error:
         reply({"refused": str(error)})
         return 2
-    if not GOLD_IS_PARSED.isdisjoint(rewards):
+    if checks:
         _warm_up()
+    _limit_memory(spec["max_memory_bytes"])
     reply({"ready": True})
     for line in requests:
         job = json.loads(line)
         _limit_cpu(spec["timeout_s"])
-        reply({"id": job["id"], **_answer(job, rewards)})
+        reply({"id": job["id"], **_answer(job, terms, checks)})
     return 0
 
 
-def _answer(job: Mapping, rewards: Mapping[str, RewardFn]) -> dict[str, object]:
-    if "gold" in job:
-        return _guarded("gold", lambda: gold_is_parsable(job["gold"]))
+def _answer(job: Mapping, terms: Mapping[str, Term], checks: Sequence[GoldCheck]) -> dict[str, object]:
     prompt = _prompt(job["prompt"])
-    terms = {}
-    for name, reward in rewards.items():
-        result = _guarded(name, lambda: _number(reward(prompt, job["text"])))  # noqa: B023  # called at once
+    if "text" not in job:
+        return _guarded("gold", lambda: {"value": all(check(prompt) for check in checks)})
+    sample = Sample(prompt=prompt, text=job["text"], tokens=job["tokens"], finish=job["finish"])
+    values: dict[str, float] = {}
+    extras: dict[str, float] = {}
+    for key, term in terms.items():
+        result = _guarded(key, lambda: {"outcome": term(sample)})  # noqa: B023  # called at once
         if "error" in result:
             return result
-        terms[name] = result["value"]
-    return {"value": terms}
+        values[key], more = result["outcome"]
+        extras |= {f"{key}/{name}": value for name, value in more.items()}
+    return {"value": values, "extras": extras}
 
 
-def _guarded(name: str, function: Callable[[], float]) -> dict[str, object]:
+def _guarded(key: str, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
-        return {"value": function()}
+        return function()
     except Exception as error:  # noqa: BLE001  # users' code may raise anything; the report is the handling
-        return {"error": f"{name}: {type(error).__name__}: {str(error)[:500]}"}
-
-
-def _number(value: object) -> float:
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"a reward must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"a reward must be finite, got {value}")
-    return float(value)
+        return {"error": f"{key}: {type(error).__name__}: {str(error)[:500]}"}
 
 
 def _prompt(fields: Mapping) -> Prompt:
@@ -88,8 +85,7 @@ def _prompt(fields: Mapping) -> Prompt:
 
 def _warm_up() -> None:
     """Import math-verify and build its grammars now, so that the first response does not pay for it."""
-    half = Prompt(id="warm-up", source="", messages=(), images=(), answer=r"\frac{1}{2}")
-    if accuracy(half, "<answer>0.5</answer>") != 1.0:
+    if not is_equal(r"\frac{1}{2}", "0.5"):
         raise RuntimeError("math-verify does not find 1/2 equal to 0.5; is the pinned version installed?")
 
 
@@ -103,11 +99,16 @@ def _private_pipes() -> tuple[IO[bytes], IO[bytes]]:
     return requests, replies
 
 
-def _set_limits() -> None:
+def _limit_memory(more_bytes: int) -> None:
+    """Let the address space grow by so much from here on.
+
+    The kernel refuses the allocation itself, which a look at resident memory now and then would find too late. What
+    the terms have mapped already does not count: libraries such as torch map more than they ever touch.
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = MEMORY_LIMIT_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT_BYTES, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with open("/proc/self/statm", encoding="ascii") as file:
+        limit = int(file.read().split()[0]) * resource.getpagesize() + more_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def _limit_cpu(timeout_s: float) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from megatron_mmrl.types import EncodedPrompt, Response, SamplingParams
+from megatron_mmrl.types import EncodedPrompt, Group, Response, SamplingParams
 
 if TYPE_CHECKING:
     import torch
@@ -31,12 +31,20 @@ class RolloutEngine(Protocol):
     """One engine, as its leader rank sees it. Every call has a time limit and raises EngineError."""
 
     def generate(
-        self, prompts: Sequence[EncodedPrompt], sampling: SamplingParams, *, seed: int, step: int
+        self,
+        prompts: Sequence[EncodedPrompt],
+        sampling: SamplingParams,
+        *,
+        seed: int,
+        step: int,
+        finished: Callable[[Group], None] | None = None,
     ) -> list[tuple[Response, ...]]:
         """``sampling.num_samples`` responses for each prompt, in the order of ``prompts``.
 
         ``seed`` and ``step`` matter only to a deterministic engine, whose draws depend on
-        (seed, step, prompt id, sample index) and nothing else.
+        (seed, step, prompt id, sample index) and nothing else. ``finished`` is told of each prompt whose responses are
+        all there while others are waited for, in any order and from any thread; after an error it may have been told
+        of some.
 
         Raises:
             PromptMismatchError: the engine's prompt ids differ from ``EncodedPrompt.ids``.

@@ -60,9 +60,19 @@ class EngineFleet:
         """Called on every rank after engines were started again, to give those the weights."""
 
     def generate(
-        self, prompts: Sequence[EncodedPrompt], sampling: SamplingParams, *, seed: int, step: int
+        self,
+        prompts: Sequence[EncodedPrompt],
+        sampling: SamplingParams,
+        *,
+        seed: int,
+        step: int,
+        finished: Callable[[Group], None] | None = None,
     ) -> list[Group]:
         """A group for each prompt, in order, equal on every rank. ``prompts`` must be equal on every rank.
+
+        ``finished`` is told of each group as soon as it is there, on the rank that leads its engine only, from any
+        thread and in any order. An engine that dies answers its share again: of what it had finished, ``finished`` is
+        told twice, perhaps with other responses; only those that are returned count.
 
         Raises:
             EngineError: on every rank, when any engine failed.
@@ -71,7 +81,7 @@ class EngineFleet:
 
         def work(number: int, engine: RolloutEngine) -> None:
             share = shares(len(prompts), len(self._leaders))[number]
-            own.extend(engine.generate(prompts[share], sampling, seed=seed, step=step))
+            own.extend(engine.generate(prompts[share], sampling, seed=seed, step=step, finished=finished))
 
         self.everywhere(work)
         responses = [group for part in self._exchange.all_gather(own) for group in part]

@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 import json
 import threading
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -61,16 +61,19 @@ class EngineHttp:
 
     def call(self, call: Call) -> object:
         """The decoded answer to one request. Raises EngineError, see ``call_all``."""
-        return self.call_all([call])[0]
+        return self.call_all([call], lambda _, answer: answer)[0]
 
-    def call_all(self, calls: Sequence[Call]) -> list[object]:
-        """The decoded answers to requests made concurrently, in their order. A failure cancels the others.
+    def call_all(self, calls: Sequence[Call], read: Callable[[int, object], T]) -> list[T]:
+        """What ``read`` makes of the decoded answers to requests made concurrently, in their order.
+
+        ``read(number of the call, answer)`` is called on the thread of the requests as soon as an answer is there,
+        while others are waited for. A failure, its own included, cancels the others.
 
         Raises:
             EngineError: no answer within the time limit, an answer with an error status, or a dead engine; names the
                 request.
         """
-        return self._wait(self._run_all(calls), calls[0].what if calls else "asking nothing")
+        return self._wait(self._run_all(calls, read), calls[0].what if calls else "asking nothing")
 
     def close(self) -> None:
         """Close the connections and end the thread; safe to call twice."""
@@ -90,11 +93,15 @@ class EngineHttp:
             trust_env=False,  # never through an HTTP proxy
         )
 
-    async def _run_all(self, calls: Sequence[Call]) -> list[object]:
+    async def _run_all(self, calls: Sequence[Call], read: Callable[[int, object], T]) -> list[T]:
         slots = asyncio.Semaphore(_MAX_CONNECTIONS)
+
+        async def run(number: int, call: Call) -> T:
+            return read(number, await self._run(call, slots))
+
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._run(call, slots)) for call in calls]
+                tasks = [group.create_task(run(number, call)) for number, call in enumerate(calls)]
         except* EngineError as failures:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]

@@ -18,7 +18,7 @@ from megatron_mmrl.rollout.http import Call, EngineHttp, EngineServer, Json
 from megatron_mmrl.rollout.seeding import prompt_seed
 from megatron_mmrl.rollout.server_args import ATTACH_LOADER, CHECKSUM_LOADER, EngineModel
 from megatron_mmrl.rollout.sglang_server import start_server
-from megatron_mmrl.types import EncodedPrompt, Finish, Response, SamplingParams
+from megatron_mmrl.types import EncodedPrompt, Finish, Group, Response, SamplingParams
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,13 @@ class SGLangEngine:
         self._http = EngineHttp(server, config.request_timeout_s)
 
     def generate(
-        self, prompts: Sequence[EncodedPrompt], sampling: SamplingParams, *, seed: int, step: int
+        self,
+        prompts: Sequence[EncodedPrompt],
+        sampling: SamplingParams,
+        *,
+        seed: int,
+        step: int,
+        finished: Callable[[Group], None] | None = None,
     ) -> list[tuple[Response, ...]]:
         """See ``RolloutEngine``. One request per prompt, all at once, so that its images are processed once.
 
@@ -70,8 +76,14 @@ class SGLangEngine:
         if self._paused:
             raise EngineError("the engine is paused: call resume or set_version before generate")
         calls = [self._generate_call(prompt, sampling, seed, step) for prompt in prompts]
-        answers = self._http.call_all(calls)
-        return [self._responses(prompt, answer, sampling) for prompt, answer in zip(prompts, answers, strict=True)]
+
+        def read(number: int, answer: object) -> tuple[Response, ...]:
+            responses = self._responses(prompts[number], answer, sampling)
+            if finished is not None:
+                finished(Group(prompt=prompts[number], responses=responses))
+            return responses
+
+        return self._http.call_all(calls, read)
 
     def update_weights(self, buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], version: int) -> None:
         """See ``RolloutEngine``. The first call waits for the server. Nothing may be generating: it would be aborted.
@@ -171,6 +183,7 @@ class SGLangEngine:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
+            "repetition_penalty": sampling.repetition_penalty,
             "max_new_tokens": sampling.max_new_tokens,
         }
         body: dict[str, object] = {
@@ -207,10 +220,13 @@ class SGLangEngine:
         version = _field(name, meta, "weight_version")
         if version != str(self._version):
             raise EngineError(f"{name}: sampled by weights of version {version!r} instead of {self._version}")
-        if self._config.deterministic and _field(name, meta, "num_retractions"):
+        # What is computed again has other last bits, and SGLang has forgotten which tokens it is to penalise.
+        exact = self._config.deterministic or self._config.repetition_penalty != 1
+        if exact and _field(name, meta, "num_retractions"):
             raise EngineError(
-                f"{name}: the KV cache was too small and part of the response was computed twice, which is not "
-                "deterministic: raise rollout.max_total_tokens or lower rollout.max_running_requests"
+                f"{name}: the KV cache was too small and part of the response was computed twice, which neither "
+                "rollout.deterministic nor rollout.repetition_penalty survives: raise rollout.max_total_tokens or "
+                "lower rollout.max_running_requests"
             )
         ids = cast("list[int]", _field(name, sample, "output_ids"))
         if found := self._banned.intersection(ids):

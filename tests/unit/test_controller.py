@@ -88,27 +88,31 @@ class NamingPool:
             for each in groups
         ]
 
+    def has(self, group: Group) -> bool:
+        return False
+
     def counters(self) -> dict[str, float]:
         return {"reward/timeouts": float(self._rank + 1)}
 
 
 class Recording:
-    """The exchange of rank ``rank`` of two: plays back what the other rank said."""
+    """The exchange of rank ``rank`` of two: plays back what the other rank said, one thing after the other."""
 
     world_size = 2
 
-    def __init__(self, rank: int, other: list) -> None:
-        self.rank, self._other = rank, other
+    def __init__(self, rank: int, *other: object) -> None:
+        self.rank, self._other = rank, list(other)
 
     def all_gather(self, value):
-        return [value, self._other] if self.rank == 0 else [self._other, value]
+        other = self._other.pop(0)
+        return [value, other] if self.rank == 0 else [other, value]
 
 
 def test_scores_come_back_in_order_whoever_made_them() -> None:
     groups = [group(name, (0.0, 0.0), (1, 1)) for name in "abc"]
     theirs = [each.scores for each in NamingPool(1).score(groups[1::2])]
     pool = NamingPool(0)
-    scored = Scorer(pool, Recording(0, theirs)).score(groups)
+    scored = Scorer(pool, Recording(0, [False] * 3, theirs)).score(groups)
     assert pool.seen == ["a", "c"]  # rank 1 has b
     assert [[next(iter(score.terms)) for score in each.scores or ()] for each in scored] == [
         ["a0", "a1"],

@@ -83,7 +83,7 @@ def math_pool() -> Iterator[RewardPool]:
         yield pool
 
 
-def group(texts: list[str], *, answer: str = "7", name: str = "p") -> Group:
+def group(texts: list[str], *, answer: str = "7", name: str = "p", meta: dict | None = None) -> Group:
     ids = np.array([1], dtype=np.int64)
     prompt = Prompt(
         id=name,
@@ -91,7 +91,7 @@ def group(texts: list[str], *, answer: str = "7", name: str = "p") -> Group:
         messages=(Message(role="user", text="?"),),
         images=(b"png",),
         answer=answer,
-        meta={"bonus": "40"},
+        meta=meta or {"bonus": "40"},
     )
     encoded = EncodedPrompt(
         prompt=prompt,
@@ -274,11 +274,11 @@ class Alarm(Exception):
     pass
 
 
-def test_an_interrupt_ends_the_workers(plugin_dir: Path) -> None:
+def test_an_interrupt_leaves_a_pool_that_can_be_used_and_closed(plugin_dir: Path) -> None:
     def interrupt(signum: int, frame: object) -> None:
         raise Alarm
 
-    pool = RewardPool(RewardConfig(terms=[RewardTerm(name="odd_rewards:behave")], timeout_s=600))
+    pool = RewardPool(RewardConfig(terms=[RewardTerm(name="odd_rewards:behave")], timeout_s=1))
     pids = pool.worker_pids
     previous = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, 0.2)
@@ -287,6 +287,9 @@ def test_an_interrupt_ends_the_workers(plugin_dir: Path) -> None:
             pool.score([group(["sleep"])])
     finally:
         signal.signal(signal.SIGALRM, previous)
+    assert scores_of(pool, ["a"])[0].total == 1.0
+    pids += pool.worker_pids
+    pool.close()
     wait_until_gone(pids)
     with pytest.raises(RuntimeError, match="closed"):
         pool.score([group(["a"])])

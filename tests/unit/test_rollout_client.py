@@ -148,7 +148,14 @@ def test_what_is_sent_and_what_comes_back(server, engine):
     assert (path, key) == ("/generate", "Bearer user")
     assert body["input_ids"] == [1, 9, 3]  # one pad per image
     assert body["image_data"] == [[base64.b64encode(b"\x89PNG").decode()]]
-    assert body["sampling_params"] == {"n": 2, "temperature": 0.7, "top_p": 1.0, "top_k": -1, "max_new_tokens": 9}
+    assert body["sampling_params"] == {
+        "n": 2,
+        "temperature": 0.7,
+        "top_p": 1.0,
+        "top_k": -1,
+        "repetition_penalty": 1.0,
+        "max_new_tokens": 9,
+    }
 
 
 def test_one_sample_of_a_text_prompt(server, engine):
@@ -170,8 +177,9 @@ def test_seeds_are_sent_by_a_deterministic_engine_only(server):
     assert len(set(seeds)) == 4
 
 
-def test_a_deterministic_engine_may_not_compute_a_token_twice(server):
-    client = connect(server, deterministic=True)
+@pytest.mark.parametrize("settings", [{"deterministic": True}, {"repetition_penalty": 1.1}])
+def test_an_exact_engine_may_not_compute_a_token_twice(server, settings):
+    client = connect(server, **settings)
     client.update_weights([], 4)
     generate(client)
     server.sample["meta_info"]["num_retractions"] = 1

@@ -35,7 +35,7 @@ class Engine:
     def __init__(self, fail_with=None):
         self.fail_with, self.got, self.closed = fail_with, [], False
 
-    def generate(self, prompts, sampling, *, seed, step):
+    def generate(self, prompts, sampling, *, seed, step, finished=None):
         if self.fail_with:
             raise self.fail_with
         self.got.append([prompt.prompt.id for prompt in prompts])

@@ -120,3 +120,11 @@ def test_an_engine_on_a_cpu_is_not_sent_to_a_second_numa_node():
     model = replace(MODEL, devices=(1,))
     assert server_args(RolloutConfig(), model, ENDPOINT)["base_gpu_id"] == 0
     assert environment({}, RolloutConfig(), model, Path("/scratch"))["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_a_repetition_penalty_counts_the_token_before():
+    """With overlap SGLang draws a token before the one before it is penalised."""
+    on_gpu = replace(MODEL, device="cuda")
+    assert "disable_overlap_schedule" not in server_args(RolloutConfig(), on_gpu, ENDPOINT)
+    args = server_args(RolloutConfig(repetition_penalty=1.1), on_gpu, ENDPOINT)
+    assert args["disable_overlap_schedule"] is True
