@@ -1,15 +1,15 @@
-"""Greedy answers to the held-out prompts."""
+"""Answers to held-out prompts: greedy ones while a run trains, any number of sampled ones for ``mmrl eval``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_mmrl.controller.stats import term_means
-from megatron_mmrl.types import EncodedPrompt, SamplingParams
+from megatron_mmrl.types import EncodedPrompt, Group, SamplingParams
 
 if TYPE_CHECKING:
     from megatron_mmrl.controller.handover import Handover
@@ -40,7 +40,27 @@ def greedy_scores(
     greedy = replace(sampling, temperature=0.0, num_samples=1)
     with handover.generating():
         groups = fleet.generate(prompts, greedy, seed=0, step=step)  # nothing is drawn: the seed does not matter
-    groups = scorer.score(groups)
+    return score_means(scorer.score(groups))
+
+
+def answered(
+    prompts: Iterable[Sequence[EncodedPrompt]],
+    fleet: Fleet,
+    scorer: Scorer,
+    handover: Handover,
+    *,
+    sampling: SamplingParams,
+    seed: int,
+) -> Iterator[list[Group]]:
+    """The scored groups of one list of prompts after the other; prompts are asked for as they are needed."""
+    with handover.generating():
+        for some in prompts:
+            if some:
+                yield scorer.score(fleet.generate(some, sampling, seed=seed, step=0, finished=scorer.submit))
+
+
+def score_means(groups: Sequence[Group]) -> dict[str, float]:
+    """Means over all responses of scored groups: ``eval/<term>``, ``eval/reward``, ``eval/response_tokens``."""
     row = {f"eval/{name}": value for name, value in term_means(groups).items()}
     row["eval/reward"] = float(np.mean([group.rewards.mean() for group in groups]))
     row["eval/response_tokens"] = float(np.mean([len(r.ids) for group in groups for r in group.responses]))

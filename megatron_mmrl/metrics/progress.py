@@ -47,13 +47,13 @@ def format_seconds(seconds: float) -> str:
 
 
 class Progress:
-    """Shows the rows of a run of ``num_steps`` steps as they come."""
+    """Shows the rows of a run of ``num_steps`` steps as they come; ``what``: a step, or whatever else is counted."""
 
-    def __init__(self, num_steps: int, stream: TextIO | None = None) -> None:
-        self._num_steps, self._stream = num_steps, stream or sys.stdout
+    def __init__(self, num_steps: int, stream: TextIO | None = None, *, what: str = "step") -> None:
+        self._num_steps, self._stream, self._what = num_steps, stream or sys.stdout, what
         self._first: tuple[float, float] | None = None  # (seconds, step) of the first row shown
         self._latest: dict[str, float] = {}
-        self._live = _live_line(num_steps, self._stream) if self._stream.isatty() else None
+        self._live = _live_line(num_steps, self._stream, what) if self._stream.isatty() else None
 
     def show(self, row: Mapping[str, float]) -> None:
         """Show one row; it must have ``step``."""
@@ -62,7 +62,8 @@ class Progress:
         eta = "" if left is None else f" | {format_seconds(left)} left"
         if self._live is None:
             width = len(str(self._num_steps))
-            print(f"step {step:>{width}.0f}/{self._num_steps} | {format_row(row)}{eta}", file=self._stream, flush=True)
+            text = f"{self._what} {step:>{width}.0f}/{self._num_steps} | {format_row(row)}{eta}"
+            print(text, file=self._stream, flush=True)
             return
         self._latest |= row  # an evaluation stays in view until the next one
         text = format_row(self._latest, LIVE_FIELDS) + eta
@@ -88,13 +89,13 @@ class Progress:
         return (now - start) / (step - first) * (self._num_steps - step) if step > first else None
 
 
-def _live_line(num_steps: int, stream: TextIO) -> RichProgress:
+def _live_line(num_steps: int, stream: TextIO, what: str) -> RichProgress:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as RichProgress
 
     columns = (
-        TextColumn("step", markup=False),
+        TextColumn(what, markup=False),
         MofNCompleteColumn(),
         BarColumn(bar_width=16),
         TextColumn("{task.description}", markup=False),

@@ -15,7 +15,7 @@ from tests.e2e.run import CONFIG, SMALL, Run, finished, mmrl, train
 
 REQUIRED = {
     "step", "reward/mean", "reward/accuracy", "reward/format", "response_tokens/mean", "loss", "grad_norm", "entropy",
-    "clip_fraction", "kl", "mismatch/mean_abs", "mismatch/max_abs", "time/generate_s", "time/reward_s",
+    "clip_fraction", "kl", "mismatch/mean_abs", "mismatch/max_abs", "time/generate_s", "time/reward_wait_s",
     "time/logprobs_s", "time/update_s", "time/sync_s", "time/step_s", "tokens_per_second", "reward/timeouts",
 }  # fmt: skip
 
