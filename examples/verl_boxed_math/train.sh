@@ -1,0 +1,5 @@
+#!/bin/sh
+# One node of 8 GPUs: sh examples/verl_boxed_math/train.sh [key=value ...]
+set -eu
+cd "$(dirname "$0")/../.."
+exec torchrun --nproc-per-node "${GPUS:-8}" -m megatron_mmrl.train --config configs/presets/verl_boxed_7b.yaml "$@"
