@@ -25,10 +25,15 @@ _COMMANDS = {
     "train": "train",
     "eval": "evaluate",
     "convert": "convert",
+    "data prepare": "data_prepare",
+    "data check": "data_check",
     "doctor layout": "doctor_layout",
     "doctor parity": "doctor_parity",
 }
-_GROUPS = {"doctor": "check a layout or a checkpoint before trusting it"}
+_GROUPS = {
+    "data": "turn data sets into the files that a run reads, and look at such files",
+    "doctor": "check a layout or a checkpoint before trusting it",
+}
 _STYLE: Mapping[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
 
 

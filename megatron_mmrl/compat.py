@@ -28,3 +28,20 @@ def declare_torchvision_ops() -> None:
 
 
 _declared_library: list[object] = []  # a torch.library.Library undoes its definitions when it is collected
+
+
+def keep_pandas_out() -> None:
+    """Let ``import pandas`` fail in this process, if it has not been imported. For worker processes of our own.
+
+    pyarrow (26.0) imports it when it first makes an array, to ask whether a list is a pandas Series: a second of
+    processor time in every worker that has no other use for it.
+    """
+    sys.meta_path.insert(0, _NoPandas())
+
+
+class _NoPandas:
+    """Says of pandas that it cannot be imported. (Cython does not understand a None in ``sys.modules``.)"""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError("pandas is kept out of this process", name=name)

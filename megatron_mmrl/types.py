@@ -43,7 +43,9 @@ class Prompt:
     messages: tuple[Message, ...]
     images: tuple[bytes, ...]  # encoded files (PNG, JPEG, ...), one per <image> tag, in order
     answer: str  # gold answer
-    meta: Mapping[str, object] = field(default_factory=dict)  # other columns as JSON values; docs/data.md lists the keys
+    meta: Mapping[str, object] = field(
+        default_factory=dict
+    )  # other columns, as JSON values: docs/data.md
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

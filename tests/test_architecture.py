@@ -48,7 +48,7 @@ MAY_LOAD = {
     "ray": ("cluster.ray",),
     "transformers": ("data", "models", "doctor"),
     "tokenizers": ("data", "models"),
-    "math_verify": ("rewards.accuracy",),
+    "math_verify": ("rewards.mathematics", "rewards.legacy"),
     "sklearn": ("data.digits",),
     "matplotlib": ("metrics",),
     "rich": ("metrics", "doctor"),

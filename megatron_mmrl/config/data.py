@@ -16,11 +16,18 @@ class DataConfig:
     eval_files: list[str] = field(default_factory=list)
     """Parquet files of held-out prompts; empty: no evaluation."""
     format: str = "verl"
-    """How a row is read; see data/formats.py."""
+    """How a row is read: a name of data/formats/registry.py; ``mmrl data prepare`` writes ``verl``."""
     image_root: str | None = None
     """Image paths in rows are opened only below this directory; unset: rows must carry image bytes."""
     system_prompt: str | None = None
-    """Put before every conversation that has no system turn."""
+    """Put before every conversation that has no system turn; takes the place of the template's."""
+    instruction_suffix: str | None = None
+    """Put after every user's turn; takes the place of the template's."""
+    template: str | None = None
+    """Texts around the question: a name of data/templates (siirl, mm_eureka, verl_boxed, swift_r1v, ...) or a YAML
+    file."""
+    max_samples: int | None = None
+    """Only the first so many rows of the training files are used; unset: all."""
     min_pixels: int = 3136
     """Images are scaled to hold at least so many pixels (processor rule)."""
     max_pixels: int = 1003520
@@ -41,6 +48,8 @@ class DataConfig:
         at_least("data.min_pixels", self.min_pixels, 1)
         at_least("data.max_prompt_tokens", self.max_prompt_tokens, 1)
         at_least("data.cache_bytes", self.cache_bytes, 0)
+        if self.max_samples is not None:
+            at_least("data.max_samples", self.max_samples, 1)
         require(
             self.max_pixels >= self.min_pixels,
             f"data.max_pixels={self.max_pixels} is below data.min_pixels={self.min_pixels}",

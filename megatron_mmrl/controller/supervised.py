@@ -38,6 +38,7 @@ def _solution(prompt: EncodedPrompt) -> str:
     text = prompt.prompt.meta.get(SOLUTION)
     if not isinstance(text, str) or not text:
         raise ValueError(
-            f"row {prompt.prompt.id} has no text in extra_info.{SOLUTION}, which supervised.num_steps > 0 needs as its target"
+            f"row {prompt.prompt.id} has no text in extra_info.{SOLUTION}, which supervised.num_steps > 0 needs as its "
+            "target"
         )
     return text

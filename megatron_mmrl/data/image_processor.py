@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from megatron_mmrl.data.errors import BadImageError
 from megatron_mmrl.data.images import content_hash, open_image, to_png
 from megatron_mmrl.lru import LruBytes
 
+_MAX_SIDE_RATIO = 200
 T = TypeVar("T")
 
 
@@ -106,17 +108,38 @@ class ImageProcessor:
         except BadImageError as error:
             return str(error)
 
-    def _resized(self, image: Image.Image) -> Image.Image:
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+    def num_tokens(self, width: int, height: int) -> int:
+        """Tokens of an image of that size in pixels, after the resize. Raises BadImageError: too long and narrow."""
+        fitted_width, fitted_height = self._size(width, height)
+        return fitted_width * fitted_height // (self._hf.patch_size * self.merge_size) ** 2
 
-        factor = self._hf.patch_size * self.merge_size
-        try:
-            height, width = smart_resize(image.height, image.width, factor=factor, **self._limits)
-        except ValueError as error:  # side ratio above 200
-            raise BadImageError(f"image of {image.width} x {image.height} pixels: {error}") from error
-        if smart_resize(height, width, factor=factor, **self._limits) != (height, width):
+    def _size(self, width: int, height: int) -> tuple[int, int]:
+        return fitted_size(width, height, factor=self._hf.patch_size * self.merge_size, **self._limits)
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        width, height = self._size(image.width, image.height)
+        if self._size(width, height) != (width, height):
             return image  # limits closer than one step of the grid: a second resize would change the size again
         return image.resize((width, height), resample=self._hf.resample)
+
+
+def fitted_size(width: int, height: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Width and height after Qwen2-VL's resize (``smart_resize``): multiples of ``factor`` within the limits.
+
+    Raises:
+        BadImageError: one side is more than 200 times the other.
+    """
+    sides = (width, height)
+    if max(sides) > _MAX_SIDE_RATIO * min(sides):
+        raise BadImageError(f"image of {width} x {height} pixels: its aspect ratio is above {_MAX_SIDE_RATIO}")
+    fitted = [round(side / factor) * factor for side in sides]
+    if math.prod(fitted) > max_pixels:
+        shrink = math.sqrt(width * height / max_pixels)
+        fitted = [max(factor, math.floor(side / shrink / factor) * factor) for side in sides]
+    elif math.prod(fitted) < min_pixels:
+        grow = math.sqrt(min_pixels / (width * height))
+        fitted = [math.ceil(side * grow / factor) * factor for side in sides]
+    return fitted[0], fitted[1]
 
 
 def write_image_processor(processor: ImageProcessor, source: Path, out: Path) -> None:

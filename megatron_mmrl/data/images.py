@@ -7,7 +7,7 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -16,7 +16,7 @@ from megatron_mmrl.data.errors import BadImageError, BadRowError
 
 # PIL knows some forty formats; a few start other programs (EPS), many are never tested against hostile files.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-_MAX_FILE_BYTES = 256 << 20
+MAX_FILE_BYTES = 256 << 20
 _DECODE_ERRORS = (
     OSError,  # truncated, not an image
     SyntaxError,  # PIL's word for a broken PNG chunk
@@ -33,16 +33,18 @@ _DECODE_ERRORS = (
 )
 
 
-def read_image(entry: object, image_root: str | None) -> bytes:
+def read_image(entry: object, image_root: str | None, fetch: Callable[[str], bytes] | None = None) -> bytes:
     """The encoded image of one entry of a row's ``images``.
 
     Args:
         entry: ``{"bytes": ...}`` or ``{"path": ...}``; where both are set the bytes count. A path may begin with
             ``file://``; a relative one is taken from ``image_root``.
         image_root: the only directory below which paths are opened, symbolic links followed.
+        fetch: gets a path that is an http or https address; None: such paths are refused.
 
     Raises:
-        BadRowError: no bytes and no path, path outside the root, file missing or not a plain file.
+        BadRowError: no bytes and no path, path outside the root, file missing or not a plain file, an address that
+            ``fetch`` refuses.
     """
     if not isinstance(entry, Mapping):
         raise BadRowError(f"an image must be a mapping with 'bytes' or 'path', not {type(entry).__name__}")
@@ -51,6 +53,12 @@ def read_image(entry: object, image_root: str | None) -> bytes:
         return data
     if not isinstance(path, str) or not path:
         raise BadRowError(f"an image has neither 'bytes' nor 'path'; its keys are {sorted(map(str, entry))}")
+    if path.lower().startswith(("http://", "https://")):
+        if fetch is None:
+            raise BadRowError(
+                f"image path {path!r}: no image is fetched in a run; mmrl data prepare --allow-http embeds them"
+            )
+        return fetch(path)
     if image_root is None:
         raise BadRowError(f"image path {path!r}: data.image_root is not set, so only image bytes are accepted")
     return _read_below(path.removeprefix("file://"), Path(image_root).resolve())
@@ -63,8 +71,8 @@ def _read_below(path: str, root: Path) -> bytes:
             raise BadRowError(f"image path {path!r} leads outside data.image_root={root}")
         if not file.is_file():  # missing, but also a directory, a pipe or a device
             raise BadRowError(f"image path {path!r}: no such file below data.image_root={root}")
-        if file.stat().st_size > _MAX_FILE_BYTES:
-            raise BadRowError(f"image path {path!r}: {file.stat().st_size} bytes, more than {_MAX_FILE_BYTES}")
+        if file.stat().st_size > MAX_FILE_BYTES:
+            raise BadRowError(f"image path {path!r}: {file.stat().st_size} bytes, more than {MAX_FILE_BYTES}")
         return file.read_bytes()
     except BadRowError:
         raise
@@ -94,7 +102,9 @@ def open_image(data: bytes, max_decoded_pixels: int) -> Image.Image:
                 )
             if image.mode[0] in "IF":  # converted to RGB these would be clipped to white without a word
                 raise BadImageError(f"image has mode {image.mode} (more than 8 bits per channel); save it with 8 bits")
-            return ImageOps.exif_transpose(image).convert("RGB")
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return image if image.mode == "RGB" else image.convert("RGB")
     except BadImageError:
         raise
     except UnidentifiedImageError as error:

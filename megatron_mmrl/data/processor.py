@@ -17,7 +17,7 @@ from megatron_mmrl.config.data import DataConfig
 from megatron_mmrl.data.errors import BadPromptError, PromptTooLongError
 from megatron_mmrl.data.image_processor import ImageProcessor, Outcome, ProcessedImage, write_image_processor
 from megatron_mmrl.data.images import content_hash
-from megatron_mmrl.types import IMAGE_TAG, EncodedPrompt, Message, Prompt
+from megatron_mmrl.types import IMAGE_TAG, EncodedPrompt, Prompt
 
 _TURN_START = "<|im_start|>"
 _ENGINE_FILES = (
@@ -40,7 +40,7 @@ class Processor:
 
     Args:
         model_path: a Hugging Face checkpoint; its weights are not read.
-        config: pixel limits, longest prompt, system prompt, cache size.
+        config: pixel limits, longest prompt, cache size.
     """
 
     def __init__(self, model_path: str, config: DataConfig) -> None:
@@ -89,6 +89,16 @@ class Processor:
                 f"{len(encoded.ids)} tokens, more than data.max_prompt_tokens={self._config.max_prompt_tokens}",
             )
         return encoded
+
+    def num_tokens(self, prompt: Prompt, sizes: Sequence[tuple[int, int]]) -> int:
+        """Length that ``encode`` would give, from the sizes of the images alone, (width, height) in pixels.
+
+        Raises:
+            BadPromptError: the text holds a special token, the template makes other than one pad per image.
+            BadImageError: an image is too long and narrow.
+        """
+        tokens = [self.images.num_tokens(width, height) for width, height in sizes]
+        return len(_expand(prompt, self._tokenize(prompt), self.image_token_id, tokens))
 
     def decode(self, ids: Sequence[int] | NDArray[np.int64]) -> str:
         """Text without special tokens; visible tags such as ``<think>`` stay."""
@@ -142,15 +152,14 @@ class Processor:
         write_image_processor(self.images, self._path, out)
 
     def _tokenize(self, prompt: Prompt) -> NDArray[np.int64]:
-        messages = prompt.messages
-        if self._config.system_prompt is not None and all(message.role != "system" for message in messages):
-            messages = (Message(role="system", text=self._config.system_prompt), *messages)
-        for message in messages:
+        for message in prompt.messages:
             if found := self._special.search(message.text):
                 raise BadPromptError(
                     prompt.id, f"the {message.role} turn holds the special token {found.group()} as literal text"
                 )
-        chat: list[dict[str, Any]] = [{"role": message.role, "content": _parts(message.text)} for message in messages]
+        chat: list[dict[str, Any]] = [
+            {"role": message.role, "content": _parts(message.text)} for message in prompt.messages
+        ]
         text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         return np.array(self._tokenizer(text)["input_ids"], dtype=np.int64)
 

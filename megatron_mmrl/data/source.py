@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -78,13 +78,17 @@ class PromptSource:
 
     def all(self, limit: int | None = None) -> list[EncodedPrompt]:
         """Every good prompt in file order, or the first ``limit``; the stream does not move."""
+        return [prompt for chunk in self.chunks(_CHUNK, limit) for prompt in chunk]
+
+    def chunks(self, size: int, limit: int | None = None) -> Iterator[list[EncodedPrompt]]:
+        """``all(limit)`` in lists of at most ``size``, each encoded when it is asked for."""
         wanted = self.num_prompts if limit is None else limit
-        encoded: list[EncodedPrompt] = []
-        for start in range(0, self.num_prompts, _CHUNK):
-            if len(encoded) >= wanted:
-                break
-            encoded += self._encode(range(start, min(start + _CHUNK, self.num_prompts)))
-        return encoded[:wanted]
+        for start in range(0, self.num_prompts, size):
+            if wanted <= 0:
+                return
+            encoded = self._encode(range(start, min(start + size, self.num_prompts)))[:wanted]
+            wanted -= len(encoded)
+            yield encoded
 
     def counters(self) -> dict[str, float]:
         """Passes over the data and rows set aside, by kind."""
@@ -176,7 +180,7 @@ def prompt_source(
     """Open data files as a PromptSource; rank 0 (or the only rank) writes ``quarantine_path``.
 
     Raises:
-        ValueError: no files, a file is missing, not parquet or empty, unknown ``data.format``.
+        ValueError: no files, a file is missing, not parquet or empty, unknown ``data.format`` or ``data.template``.
     """
     dataset = PromptDataset(files, config)
     stream = PromptStream(len(dataset), seed=seed, shuffle=config.shuffle, fingerprint=dataset.fingerprint)

@@ -127,7 +127,7 @@ def _spread(total: int, count: int) -> Iterator[int]:
 
 
 def _variants(prompt: Prompt, config: DataConfig, ours: Processor, reference: ReferenceProcessor) -> list[Variant]:
-    text = prompt.meta.get("solution") or prompt.answer
+    text = str(prompt.meta.get("solution") or prompt.answer)
     try:
         response = ours.encode_text(text)
     except ValueError as error:

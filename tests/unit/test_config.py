@@ -40,7 +40,7 @@ def load(tmp_path: Path, text: str, *overrides: str) -> Config:
         (
             MODEL + "supervised: {optim: {learning_rate: 1}}",
             "unknown key supervised.optim.learning_rate; supervised.optim has lr, min_lr, schedule, warmup_updates, "
-            "weight_decay, beta1, beta2, eps, clip_grad, lr_scale",
+            "warmup_fraction, weight_decay, beta1, beta2, eps, clip_grad, lr_scale",
         ),
         (
             MODEL + "rollout: {micro_batch_token: 8}",

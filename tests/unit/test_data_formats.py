@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from megatron_mmrl.data.errors import BadRowError
-from megatron_mmrl.data.formats import FORMATS, read_verl
+from megatron_mmrl.data.formats import FORMATS
+from megatron_mmrl.data.formats.verl import read_verl
 from megatron_mmrl.types import Message, Prompt
 from tests.unit.data_rows import row
 
@@ -30,7 +31,7 @@ def test_a_good_row_becomes_a_prompt() -> None:
         ),
         images=(b"read {'bytes': b'a'}", b"read {'bytes': b'b'}"),
         answer="11",
-        meta={"index": "5", "solution": "<answer>11</answer>", "steps": "[1, 2]", "ability": "math"},
+        meta={"index": 5, "solution": "<answer>11</answer>", "steps": [1, 2], "ability": "math"},
     )
 
 

@@ -116,7 +116,7 @@ def test_paths_below_the_root_are_read(root: Path) -> None:
         ("sub", "no such file"),
         ("pipe.png", "no such file"),  # reading it would wait for ever
         ("a\0b.png", "cannot be read"),
-        ("http://127.0.0.1/a.png", "no such file"),
+        ("http://127.0.0.1/a.png", "no image is fetched in a run"),
         ("x" * 5000, "cannot be read"),
     ],
 )

@@ -13,8 +13,10 @@ from PIL import Image
 
 from megatron_mmrl.config.data import DataConfig
 from megatron_mmrl.data.errors import BadPromptError, PromptTooLongError
+from megatron_mmrl.data.image_processor import fitted_size
 from megatron_mmrl.data.images import open_image
 from megatron_mmrl.data.processor import Processor, check_image_tokens
+from megatron_mmrl.data.template import template_of
 from megatron_mmrl.lru import LruBytes
 from megatron_mmrl.models.tiny import make_tiny_checkpoint
 from megatron_mmrl.types import Message, Prompt
@@ -93,12 +95,31 @@ def test_engine_gets_the_processed_pixels_and_processing_them_again_changes_noth
         assert np.array_equal(again.pixel_values, first.pixel_values)
 
 
-def test_system_prompt_goes_before_conversations_that_have_none(model: Path) -> None:
-    with_system = Processor(str(model), replace(CONFIG, system_prompt="Be short."))
-    text = with_system._tokenizer.decode(with_system.encode(prompt("2+2?")).ids)
+def test_a_system_turn_goes_through_the_chat_template(processor: Processor) -> None:
+    asked = template_of(replace(CONFIG, system_prompt="Be short.")).apply(prompt("2+2?"))
+    text = processor._tokenizer.decode(processor.encode(asked).ids)
     assert text == "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
-    own = with_system._tokenizer.decode(with_system.encode(prompt("Rules.", role="system")).ids)
-    assert "Be short." not in own
+
+
+def test_sizes_alone_tell_the_length(processor: Processor) -> None:
+    """What ``mmrl data check`` counts is what a run encodes."""
+    for number, size in enumerate(SIZES):
+        question = prompt("<image>Which <image>?", encoded(picture(*size, seed=number)), encoded(picture(40, 50)))
+        assert processor.num_tokens(replace(question, images=()), [size, (40, 50)]) == len(
+            processor.encode(question).ids
+        )
+
+
+def test_fitted_sizes_are_those_of_hugging_face() -> None:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    rng = np.random.default_rng(0)
+    for width, height in rng.integers(1, 4000, (2000, 2)).tolist():
+        least = int(rng.integers(1, 200_000))
+        most = least + int(rng.integers(0, 2_000_000))
+        if max(width, height) <= 200 * min(width, height):
+            fitted = fitted_size(width, height, factor=28, min_pixels=least, max_pixels=most)
+            assert fitted == smart_resize(height, width, 28, least, most)[::-1]
 
 
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|endoftext|>"])
