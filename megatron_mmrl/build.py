@@ -157,7 +157,6 @@ def _start_fleet(
             dtype=config.model.dtype,
             device="cuda" if device().type == "cuda" else "cpu",
             devices=_devices(config, index, planner),
-            shares_weights=planner is not None,
             seed=config.run.seed + index,
         )
         start = functools.partial(
