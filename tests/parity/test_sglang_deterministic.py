@@ -1,4 +1,4 @@
-"""A deterministic engine at TP 2 and 4: the same requests give the same bits, whatever comes with them and in which order."""
+"""A deterministic engine at TP 2 and 4: equal requests give equal bits, whatever comes with them and in any order."""
 
 from __future__ import annotations
 
