@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -160,7 +161,6 @@ def _start_fleet(
             dtype=config.model.dtype,
             device="cuda" if device().type == "cuda" else "cpu",
             devices=_devices(config, index, planner),
-            shares_weights=planner is not None,
             seed=config.run.seed + index,
         )
         start = functools.partial(
@@ -182,10 +182,11 @@ def _start_fleet(
 
 def _devices(config: Config, engine: int, planner: Planner | None) -> tuple[int, ...]:
     """GPUs of an engine's node on which its ranks run, in their order."""
-    if planner is None:
-        size = config.rollout.tensor_parallel_size
-        return tuple(range(engine * size, (engine + 1) * size))
-    return tuple(rank % planner.trainer.ranks_per_node for rank in planner.devices[engine])
+    world = config.parallel.world_size
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    first = engine * (world // config.rollout.num_engines)
+    own = planner.devices[engine] if planner else range(first, first + config.rollout.tensor_parallel_size)
+    return tuple(rank % per_node for rank in own)
 
 
 def _distribution(config: Config, processor: Processor) -> TokenDistribution:

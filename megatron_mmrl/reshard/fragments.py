@@ -42,7 +42,8 @@ class TrainerSide:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSide:
-    """All parameters of the engines. Engine e runs on the e-th of equal, contiguous shares of the trainer ranks."""
+    """All parameters of the engines. The first of the e-th of equal, contiguous shares of the trainer ranks leads
+    engine e."""
 
     table: tuple[EngineEntry, ...]
     tensor: int

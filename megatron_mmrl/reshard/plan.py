@@ -59,10 +59,18 @@ class Planner:
 
     @functools.cached_property
     def devices(self) -> tuple[tuple[int, ...], ...]:
-        """For each engine, the trainer ranks on whose devices its ranks run: the choice with the least traffic."""
+        """For each engine, the trainer ranks on whose devices its ranks run: the choice with the least traffic.
+
+        Engines whose shares of the ranks make up a node choose among all of its devices; others among their share.
+        """
         world = self.trainer.layout.world_size
+        per_node = min(world, self.trainer.ranks_per_node)
         share = world // self.engine.engines
-        return tuple(self._assign(range(first, first + share)) for first in range(0, world, share))
+        together = per_node // share if per_node % share == 0 and world % per_node == 0 else 1
+        size = share * together
+        return tuple(
+            devices for first in range(0, world, size) for devices in self._assign(range(first, first + size), together)
+        )
 
     @functools.cached_property
     def runs(self) -> Mapping[int, int]:
@@ -117,10 +125,13 @@ class Planner:
             if self.suppliers[device][source] != device
         )
 
-    def _assign(self, ranks: range) -> tuple[int, ...]:
+    def _assign(self, ranks: range, engines: int) -> list[tuple[int, ...]]:
+        """Devices out of ``ranks`` for each of so many engines."""
         gain = [[self._local_elements(rank, device) for device in ranks] for rank in range(self.engine.tensor)]
-        _, columns = linear_sum_assignment(np.array(gain), maximize=True)
-        return tuple(ranks[int(column)] for column in columns)
+        _, columns = linear_sum_assignment(np.repeat(gain, engines, axis=0), maximize=True)
+        chosen = [ranks[int(column)] for column in columns]  # engine rank by engine rank
+        of_rank = [sorted(chosen[first : first + engines]) for first in range(0, len(chosen), engines)]
+        return list(zip(*of_rank, strict=True))
 
     def _local_elements(self, rank: int, device: int) -> int:
         """What engine rank ``rank`` would find in the memory of trainer rank ``device``."""

@@ -18,7 +18,7 @@ from typing import Protocol
 from megatron_mmrl.parallel.device import synchronize
 from megatron_mmrl.reshard.attach import Answer, read_answers
 from megatron_mmrl.reshard.session import Exchange, WeightSession
-from megatron_mmrl.reshard.spec import ChecksumRequest
+from megatron_mmrl.reshard.spec import AttachSpec, ChecksumRequest
 from megatron_mmrl.rollout.engine import EngineError, LoaderName, RolloutEngine
 
 _SHOWN = 10
@@ -105,8 +105,11 @@ class SharedWeights:
             return
         engine.pause()  # waits for an engine that is starting
 
+        specs: list[AttachSpec] = []
+
         def messages(directory: Path) -> list[str]:
-            return [spec.to_json() for spec in self._session.attach_specs(number, directory)]
+            specs.extend(self._session.attach_specs(number, directory))
+            return [spec.to_json() for spec in specs]
 
         answers = self._ask(engine, "attach", messages)
         if problems := answers[0].problems:
@@ -114,6 +117,9 @@ class SharedWeights:
             raise EngineError(
                 f"engine {number} refuses to share the trainer's memory:\n  " + "\n  ".join(problems[:_SHOWN]) + more
             )
+        others = [rank for rank, spec in enumerate(specs) if answers[rank].digest != spec.digest]
+        if others:
+            raise EngineError(f"engine {number}: ranks {others} attached something else than they were sent")
         self._attached = engine
 
     def _checksums(self, engine: RolloutEngine, names: tuple[str, ...]) -> list[Mapping[str, int]]:

@@ -107,9 +107,10 @@ class WeightSession:
         own = RankMemory(handles=tuple(block.handle for block in self.blocks), held=places, arena=arena)
         fixed = {number for number, parameter in held.items() if not parameter.requires_grad}
         gathered = exchange.all_gather((own, fixed))
-        self._memories = [memory for memory, _ in gathered]
+        self.memories: Sequence[RankMemory] = [memory for memory, _ in gathered]
+        """Of every rank, in rank order."""
         frozen = frozenset[int]().union(*(numbers for _, numbers in gathered))
-        memory = Memory(planner, rank, self._memories, [block.tensor for block in self.blocks], dtype)
+        memory = Memory(planner, rank, self.memories, [block.tensor for block in self.blocks], dtype)
         self.executor = Executor(planner, rank, memory, frozen=frozen, bucket_bytes=config.reshard.bucket_bytes)
         self.verifier = Verifier(planner, rank, memory)
         traffic = [asdict(one) for one in exchange.all_gather(self.executor.traffic)]
@@ -123,7 +124,7 @@ class WeightSession:
                 self.planner,
                 rank,
                 self.planner.incoming(device),
-                self._memories[device],
+                self.memories[device],
                 dtype=self._dtype,
                 answer_dir=str(answer_dir),
             )

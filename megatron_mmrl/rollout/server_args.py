@@ -52,7 +52,6 @@ class EngineModel:
     dtype: Literal["float32", "bfloat16"]
     device: Literal["cpu", "cuda"]
     devices: tuple[int, ...] = ()  # index, on this node, of the GPU of each rank; (): the first ones
-    shares_weights: bool = False  # its parameters become the trainer's memory once it runs
     seed: int = 0  # of the draws of an engine that is not deterministic
 
 
@@ -87,9 +86,6 @@ def server_args(config: RolloutConfig, model: EngineModel, endpoint: Endpoint) -
     }
     if config.repetition_penalty != 1:
         args["disable_overlap_schedule"] = True  # the next token would be drawn before its predecessor is penalised
-    if model.shares_weights and not on_cpu:
-        # A graph reads the addresses that parameters had when it was captured, which is before they are attached.
-        args["disable_cuda_graph"] = True
     if on_cpu:
         args |= _CPU_ARGS
         if config.deterministic:

@@ -18,6 +18,7 @@ from megatron_mmrl.rollout.seeded_noise import draw_tokens
 if TYPE_CHECKING:
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.distributed.parallel_state import GroupCoordinator
     from sglang.srt.layers.sampler import Sampler
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.managers.schedule_batch import MultimodalDataItem
@@ -32,6 +33,7 @@ _DRAW = "sglang.srt.layers.sampler.multinomial_with_seed"
 _BATCH_INVARIANT_MODE = "sglang.srt.batch_invariant_ops.enable_batch_invariant_mode"
 _IMAGE_FEATURES = "sglang.srt.models.qwen2_5_vl.Qwen2_5_VLForConditionalGeneration.get_image_feature"
 _SEND = "sglang.srt.managers.tokenizer_manager.TokenizerManager._send_one_request"
+_ALL_REDUCE = "sglang.srt.distributed.parallel_state.GroupCoordinator.all_reduce"
 _ATTENTION = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
 _CPU_SIZES = "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp"
 _UPDATE = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.update_weights_from_tensor"
@@ -81,6 +83,7 @@ def install_seeded_sampling() -> None:
     add_radix_supported_deterministic_attention_backend_choices(["torch_native"])
     _install(_DRAW, draw_tokens, HookType.REPLACE)
     _install(_BATCH_INVARIANT_MODE, _rely_on_strict_products, HookType.REPLACE)
+    _install(_ALL_REDUCE, _sum_in_rank_order, HookType.AROUND)
 
 
 def install_batched_attention(*, deterministic: bool) -> None:
@@ -93,7 +96,7 @@ def install_batched_attention(*, deterministic: bool) -> None:
 def install_graph_capture() -> None:
     """Capture SGLang's CUDA graphs again when its parameters have moved: a graph reads the addresses it was made with.
 
-    Not yet run on a GPU. On a CPU there is nothing to capture, and the same call returns at once.
+    Not yet run on a GPU. On a CPU there is nothing to capture, and the same calls return at once.
     """
     _install(_UPDATE, _update_and_capture, HookType.AROUND)
 
@@ -156,6 +159,21 @@ def _rely_on_strict_products() -> None:
     """Stands in for SGLang's Triton kernels: on a CPU, MKL's strict mode (set at launch) makes rows independent."""
 
 
+def _sum_in_rank_order(
+    all_reduce: Callable[..., torch.Tensor], group: GroupCoordinator, values: torch.Tensor
+) -> torch.Tensor:
+    """Gloo adds the ranks' parts of a number in an order that depends on where it stands in the tensor, hence on the
+    batch. With two ranks there is only one sum."""
+    if not values.is_cpu or group.world_size <= 2:
+        return all_reduce(group, values)
+    parts = [torch.empty_like(values) for _ in range(group.world_size)]
+    torch.distributed.all_gather(parts, values.contiguous(), group=group.device_group)
+    values.copy_(parts[0])
+    for part in parts[1:]:
+        values.add_(part)
+    return values
+
+
 def _update_and_capture(
     update: Callable[..., tuple[bool, str]], updater: WeightUpdater, *args: object, **kwargs: object
 ) -> tuple[bool, str]:
@@ -164,7 +182,9 @@ def _update_and_capture(
     if _addresses(updater) != before:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the memory that the parameters had
-        updater.get_model_runner().init_cuda_graphs()
+        runner = updater.get_model_runner()
+        runner.init_prefill_cuda_graph()  # in the order of SGLang's start; each drops its old graphs first
+        runner.init_decode_cuda_graph()
     return outcome
 
 

@@ -1,4 +1,4 @@
-"""A deterministic engine at TP 2: the same requests give the same bits, whatever comes with them and in which order."""
+"""A deterministic engine at TP 2 and 4: equal requests give equal bits, whatever comes with them and in any order."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def case(tmp_path_factory):
     return make_case(tmp_path_factory.mktemp("tp2"))
 
 
-@pytest.fixture(scope="module")
-def engine(case, tmp_path_factory):
-    config = RolloutConfig(tensor_parallel_size=2, deterministic=True, request_timeout_s=120)
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.full)])
+def engine(request, case, tmp_path_factory):
+    config = RolloutConfig(tensor_parallel_size=request.param, deterministic=True, request_timeout_s=120)
     engine = start(case, tmp_path_factory.mktemp("log") / "engine.log", config)
     try:
         yield engine
@@ -51,7 +51,7 @@ def assert_same_bits(expected, found):
             assert one.logprobs.tolist() == other.logprobs.tolist(), name
 
 
-def test_equals_hugging_face_at_tensor_parallel_2(case, first):
+def test_equals_hugging_face(case, first):
     prompts = case.prompts(12)
     groups = [first[prompt.prompt.id] for prompt in prompts]
     assert case.largest_difference(case.weights(), prompts, groups, temperature=0.9) <= TOLERANCE
@@ -96,10 +96,11 @@ def test_the_copies_of_a_prompt_differ(first):
 
 def test_an_engine_that_dies_while_it_generates_is_known_at_once(case, engine):
     sampling = SamplingParams(num_samples=8, max_new_tokens=2000)
+    update(engine, case.weights(), 1)
     threading.Timer(0.5, engine._server._kill_group).start()
     begin = time.monotonic()
     with pytest.raises(EngineError, match=r"(?s)prompt case:.*ended with status -9; the end of .*engine.log"):
-        by_prompt(case, engine, case.prompts(12), sampling=sampling)
+        by_prompt(case, engine, case.prompts(12), sampling=sampling, flush=False)
     assert time.monotonic() - begin < 20  # of the 120 s that a request may take
     with pytest.raises(EngineError, match="ended with status"):
         engine.check_alive()

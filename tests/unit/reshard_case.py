@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.reshard import least_sum
+from benchmarks.reshard_bytes import least_sum
 from megatron_mmrl.models.qwen2_5_vl.config import TextSizes
 from megatron_mmrl.models.qwen2_5_vl.engine_weights import engine_table
 from megatron_mmrl.models.qwen2_5_vl.weights import stage_table
@@ -136,7 +136,8 @@ def cut(matrix: Tensor, rect: Rect) -> Tensor:
 def least_wire_elements(planner: Planner, full: Mapping[str, Tensor]) -> int:
     """Counted element by element over every way to place the engine ranks; no replica helps but the own memory."""
     layout, engine = planner.trainer.layout, planner.engine
-    share = layout.world_size // engine.engines
+    share, node = layout.world_size // engine.engines, min(layout.world_size, planner.trainer.ranks_per_node)
+    size = node if node % share == 0 and layout.world_size % node == 0 else share
     total = 0
     needed = [
         np.concatenate(
@@ -148,12 +149,12 @@ def least_wire_elements(planner: Planner, full: Mapping[str, Tensor]) -> int:
         )
         for rank in range(engine.tensor)
     ]
-    for first in range(0, layout.world_size, share):
+    for first in range(0, layout.world_size, size):
         held = []
-        for device in range(first, first + share):
+        for device in range(first, first + size):
             at = layout.coordinates(device)
             own = shards(planner, full, at.pipeline, at.tensor).values()
             held.append(np.concatenate([matrix.flatten().numpy() for matrix in own]))
         missing = np.array([[np.isin(want, have, invert=True).sum() for have in held] for want in needed])
-        total += least_sum(missing)
+        total += least_sum(np.repeat(missing, size // share, axis=0))
     return total

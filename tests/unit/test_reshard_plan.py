@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.reshard import least_elements
+from benchmarks.reshard_bytes import least_elements
 from megatron_mmrl.parallel.geometry import as_matrix
 from megatron_mmrl.parallel.layout import ParallelLayout
 from megatron_mmrl.reshard.plan import Planner
@@ -140,6 +141,31 @@ def test_load_is_spread_over_replicas() -> None:
         largest = max(size for peers in stage for size in peers.values())
         assert min(loads) > 0
         assert max(loads) - min(loads) <= largest
+
+
+def test_engines_of_a_node_choose_among_all_of_its_devices() -> None:
+    """Engine rank r of 4 needs the shards of trainer ranks 2r and 2r + 1: with one of them at home, half moves."""
+    config = CONFIG | {"num_key_value_heads": 8}
+    planner = planner_for(config, ParallelLayout(tensor=8), tensor=4, engines=2)
+    assert planner.devices == ((0, 2, 4, 6), (1, 3, 5, 7))
+    moved = sum(move.fragment.source.size for device in range(8) for move in planner.incoming(device))
+    at_home = sum(
+        move.fragment.source.size for device in range(8) for move in planner.incoming(device) if move.peer == device
+    )
+    assert planner.wire_elements() < 0.5 * moved  # replicated norms are at home, too
+    assert planner.wire_elements() == moved - at_home
+
+
+@pytest.mark.parametrize(("per_node", "expected"), [(4, {0, 1}), (2, {0, 1, 2, 3})])
+def test_engines_stay_on_the_node_of_their_leader(per_node: int, expected: set[int]) -> None:
+    planner = planner_for(CONFIG, ParallelLayout(tensor=2, data=4), tensor=2, engines=4)
+    nodes = Planner(
+        dataclasses.replace(planner.trainer, ranks_per_node=per_node), planner.engine, planner.fragments.shapes
+    ).devices
+    assert [{device // per_node for device in devices} for devices in nodes] == [
+        {engine * 2 // per_node} for engine in range(4)
+    ]
+    assert {engine * 2 // per_node for engine in range(4)} == expected
 
 
 def test_the_nearest_replica_sends() -> None:

@@ -103,11 +103,6 @@ def test_products_that_depend_on_the_batch_are_found(monkeypatch):
     assert not rows_are_independent("float32")
 
 
-def test_a_gpu_server_that_is_attached_later_captures_no_graphs():
-    args = server_args(RolloutConfig(), replace(MODEL, device="cuda", shares_weights=True), ENDPOINT)
-    assert args["disable_cuda_graph"] is True
-
-
 @pytest.mark.parametrize(
     ("visible", "expected"), [({}, "5,4"), ({"CUDA_VISIBLE_DEVICES": "7,6,5,4,3,GPU-ab"}, "GPU-ab,3")], ids=str
 )
