@@ -43,9 +43,7 @@ class Prompt:
     messages: tuple[Message, ...]
     images: tuple[bytes, ...]  # encoded files (PNG, JPEG, ...), one per <image> tag, in order
     answer: str  # gold answer
-    meta: Mapping[str, object] = field(
-        default_factory=dict
-    )  # other columns, as JSON values: docs/data.md
+    meta: Mapping[str, object] = field(default_factory=dict)  # other columns, as JSON values: docs/data.md
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
