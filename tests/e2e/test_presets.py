@@ -36,14 +36,17 @@ CASES = [
     pytest.param("siirl_mm_eureka", "siirl_mm_eureka_7b", raw_rows.siirl, (TWO_UPDATES,), id="siirl_mm_eureka_7b"),
     pytest.param(
         "mm_eureka", "mm_eureka_7b", raw_rows.mm_eureka,
-        (TWO_UPDATES, "algorithm.accuracy_filter.lower=0", "algorithm.adora.enabled=true"), id="mm_eureka_7b",
+        (TWO_UPDATES, "algorithm.accuracy_filter.lower=0", "algorithm.adora.enabled=true"),
+        id="mm_eureka_7b", marks=full,
     ),
     pytest.param(
         "mm_eureka", "mm_eureka_32b", raw_rows.mmk12,
         (TWO_UPDATES, "algorithm.dynamic_sampling.max_rounds=2", "algorithm.aggregation=token_mean"),
         id="mm_eureka_32b", marks=full,
     ),
-    pytest.param("verl_boxed_math", "verl_boxed_7b", raw_rows.boxed_math, (TWO_UPDATES,), id="verl_boxed_7b"),
+    pytest.param(
+        "verl_boxed_math", "verl_boxed_7b", raw_rows.boxed_math, (TWO_UPDATES,), id="verl_boxed_7b", marks=full
+    ),
     pytest.param(
         "clevr_count", "clevr_count_3b", raw_rows.r1v("How many items are there in the image?"), (),
         id="clevr_count_3b", marks=full,
