@@ -254,6 +254,7 @@ class MappedMemory:
                         if piece.tensor == index:
                             result[_slices(piece.of)] = matrix[_slices(piece.at)]
                 yield name, result
+                del result
 
     def _block(self, rank: int, number: int) -> Tensor:
         if (rank, number) not in self._blocks:
@@ -288,6 +289,7 @@ class EngineMemory:
             matrix = tensor.reshape(as_matrix(tuple(tensor.shape)))
             for target, part in self._targets[name]:
                 target.copy_(matrix[_slices(part)])
+            del tensor, matrix  # before the next one is made
 
     def sums(self) -> list[int]:
         """A sum of each parameter in the arena."""
