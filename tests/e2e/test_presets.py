@@ -55,7 +55,7 @@ CASES = [
     pytest.param(
         "open_r1", "open_r1_3b", raw_rows.r1v("Which state is {n}?\nA. Utah\nB. Ohio"), (), id="open_r1_3b", marks=full
     ),
-    pytest.param("mathvista_dr_grpo", "mathvista_dr_grpo", raw_rows.mathvista, (), id="mathvista_dr_grpo"),
+    pytest.param("mathvista_dr_grpo", "mathvista_dr_grpo", raw_rows.mathvista, (), id="mathvista_dr_grpo", marks=full),
 ]  # fmt: skip
 TERMS = {
     "siirl": {"accuracy", "format"}, "mm_eureka": {"accuracy", "format"}, "verl_boxed": {"boxed"},

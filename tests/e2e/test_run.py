@@ -50,7 +50,7 @@ def test_what_a_run_leaves(golden_run: Run) -> None:
         pytest.param(
             ("parallel.tensor_model_parallel_size=1", "parallel.pipeline_model_parallel_size=2",
              "rollout.tensor_parallel_size=2"),
-            id="PP2-engineTP2",
+            id="PP2-engineTP2", marks=pytest.mark.full,
         ),
         pytest.param(("parallel.pipeline_model_parallel_size=2",), id="TP2xPP2"),
         pytest.param(
@@ -60,7 +60,8 @@ def test_what_a_run_leaves(golden_run: Run) -> None:
             id="DP2-engines2-minibatches-KL-padded",
         ),
         pytest.param(("reshard.method=reference",), id="weights-by-name"),
-        pytest.param(("rollout.tensor_parallel_size=2", "reshard.verify_every=1"), id="TP2-engineTP2"),
+        pytest.param(("rollout.tensor_parallel_size=2", "reshard.verify_every=1"), id="TP2-engineTP2",
+                     marks=pytest.mark.full),
     ],
 )  # fmt: skip
 def test_layouts_by_override(work_dir: Path, golden_run: Run, overrides: tuple[str, ...], request) -> None:
@@ -143,7 +144,7 @@ def test_export_answers_the_same_in_transformers(work_dir: Path, golden_run: Run
     assert np.mean(correct) == golden_run.rows[-1]["eval/accuracy"]
 
 
-@pytest.mark.parametrize("checkpoint", ["checkpoints/step_5", "hf"])
+@pytest.mark.parametrize("checkpoint", ["checkpoints/step_5", pytest.param("hf", marks=pytest.mark.full)])
 def test_eval_command(work_dir: Path, golden_run: Run, checkpoint: str) -> None:
     settings = ("run.output_dir=runs/eval", "run.max_eval_prompts=32")
     output = mmrl(work_dir, "eval", "--checkpoint", str(golden_run.path / checkpoint), *settings)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,10 @@ def test_a_stopped_command_leaves_nothing(tmp_path: Path, number: signal.Signals
     lines = Path(file).read_text() * 10000
     (tmp_path / "raw/slow.jsonl").write_text(lines)
     process = subprocess.Popen(
-        [*command, "--nproc", jobs], env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE
+        [*command, "--nproc", jobs],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # whoever runs the tests may ignore it
     )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".out.*.partial/part-*")) and time.monotonic() < deadline:

@@ -117,7 +117,7 @@ def scores_of(pool: RewardPool, texts: list[str]) -> list[Score]:
 def is_alive(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # before it is opened, or before it is read
         return False
     return state != "Z"
 
