@@ -293,7 +293,12 @@ class EngineMemory:
 
     def sums(self) -> list[int]:
         """A sum of each parameter in the arena."""
-        return [int(tensor.view(torch.int16).sum(dtype=torch.int64)) for tensor in self._arena]
+        return [_sum(tensor) for tensor in self._arena]
+
+
+def _sum(tensor: Tensor) -> int:
+    """In pieces: torch widens all that it sums."""
+    return sum(int(part.sum(dtype=torch.int64)) for part in tensor.view(torch.int16).flatten().split(1 << 20))
 
 
 def _slices(rect: Rect) -> tuple[slice, slice]:
