@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -123,14 +124,14 @@ def measure(work: Callable[[Path, int], int], file: Path, jobs: int) -> Cost:
     return cost
 
 
-def _measured(work: Callable[[Path, int], int], file: Path, jobs: int, pipe: object) -> None:
+def _measured(work: Callable[[Path, int], int], file: Path, jobs: int, pipe: Connection) -> None:
     start = time.perf_counter()
     work(file, jobs)
     wall = time.perf_counter() - start
     own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = sum(usage.ru_utime + usage.ru_stime for usage in (own, children))
     peaks = (own.ru_maxrss << 10, children.ru_maxrss << 10)
-    pipe.send(Cost(wall_s=wall, cpu_s=cpu, parent_peak_bytes=peaks[0], process_peak_bytes=peaks[1]))  # type: ignore[attr-defined]
+    pipe.send(Cost(wall_s=wall, cpu_s=cpu, parent_peak_bytes=peaks[0], process_peak_bytes=peaks[1]))
 
 
 def main() -> None:

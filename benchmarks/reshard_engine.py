@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -35,6 +35,7 @@ from megatron_mmrl.types import Message, Prompt, SamplingParams
 if TYPE_CHECKING:
     from megatron_mmrl.build import Machinery
     from megatron_mmrl.models.tiny import TinySizes
+    from megatron_mmrl.rollout.engine import RolloutEngine
     from megatron_mmrl.rollout.sglang_client import SGLangEngine
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -92,30 +93,29 @@ def _line(speed: EngineSpeed) -> str:
 
 def _timed_rounds(machine: Machinery, device: str, rounds: int) -> tuple[dict[str, list[float]], int, int]:
     seconds: dict[str, list[float]] = defaultdict(list)
-    version = 0
-    engine: list[SGLangEngine] = []
-    machine.fleet.everywhere(lambda _, one: engine.append(one))  # type: ignore[arg-type]  # the only kind there is
+    engines: list[RolloutEngine] = []
+    machine.fleet.everywhere(lambda _, engine: engines.append(engine))
     counters = machine.handover.counters()
     copied, shared = int(counters["reshard/copy_bytes"]), int(counters["reshard/alias_bytes"])
     source = torch.zeros(max(1, copied), dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    for _ in range(rounds):
-        version += 3
-        seconds["publish"].append(_seconds(device, lambda: machine.handover.publish(version)))  # noqa: B023
+    for version in range(3, 3 * rounds + 3, 3):
+        seconds["publish"].append(_seconds(device, machine.handover.publish, version))
         seconds["plan"].append(machine.handover.counters()["time/reshard_s"])
-        seconds["copy"].append(_seconds(device, lambda: target.copy_(source)))
-        names = lambda: machine.fleet.update_weights(machine.policy.weights, version + 1)  # noqa: B023, E731
-        seconds["names"].append(_seconds(device, names))
+        seconds["copy"].append(_seconds(device, target.copy_, source))
+        by_names = machine.fleet.update_weights
+        seconds["names"].append(_seconds(device, by_names, machine.policy.weights, version + 1))
         if device == "cuda":
-            seconds["bucket"].append(_seconds(device, lambda: _send_bucket(machine, engine[0], version + 2)))  # noqa: B023
+            engine = cast("SGLangEngine", engines[0])
+            seconds["bucket"].append(_seconds(device, _send_bucket, machine, engine, version + 2))
     return seconds, copied, shared
 
 
-def _seconds(device: str, work: Callable[[], object]) -> float:
+def _seconds(device: str, work: Callable[..., object], *arguments: object) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    work()
+    work(*arguments)
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start

@@ -134,9 +134,9 @@ def measure(name: str, make: Callable[[int, int], Pairs], options: argparse.Name
         for repeat in range(options.repeats):
             pairs = make(options.responses, repeat)
             work = as_groups(pairs, f"{name}{repeat}")
-            truth, *times = timed(lambda: serial(pairs), [])  # noqa: B023  # called at once
+            truth, *times = timed([], serial, pairs)
             clocks["serial"].append((times[0], times[1]))
-            scored, *times = timed(lambda: pool.score(work), pool.worker_pids)  # noqa: B023  # called at once
+            scored, *times = timed(pool.worker_pids, pool.score, work)
             clocks["pool"].append((times[0], times[1]))
             equal &= truth == [score.total == 1.0 for group in scored for score in group.scores or ()]
     best = {way: [min(values) for values in zip(*both, strict=True)] for way, both in clocks.items()}
@@ -152,10 +152,10 @@ def measure(name: str, make: Callable[[int, int], Pairs], options: argparse.Name
     )
 
 
-def timed(work: Callable[[], list], pids: Sequence[int]) -> tuple[list, float, float]:
+def timed(pids: Sequence[int], work: Callable[..., list], *arguments: object) -> tuple[list, float, float]:
     """What ``work`` gives, seconds on the clock, and processor seconds of this process and of ``pids``."""
     start, cpu = time.perf_counter(), time.process_time() + sum(map(cpu_seconds, pids))
-    result = work()
+    result = work(*arguments)
     return result, time.perf_counter() - start, time.process_time() + sum(map(cpu_seconds, pids)) - cpu
 
 

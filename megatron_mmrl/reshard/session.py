@@ -47,23 +47,36 @@ def planner_of(config: Config) -> Planner:
         ValueError: trainer and engines do not fit together, or an engine would span nodes.
     """
     layout = ParallelLayout.from_config(config.parallel)
-    path = Path(config.model.path)
-    rows = held_parameters(path, layout)
-    planner = Planner(
-        TrainerSide(
-            layout=layout,
-            held=tuple(Held(stage=stage, chunk=chunk, entry=entry) for stage, chunk, entry in rows),
-            ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", layout.world_size)),
-        ),
-        EngineSide(
-            table=engine_parameters(path, whole_encoder=config.rollout.mm_enable_dp_encoder),
-            tensor=config.rollout.tensor_parallel_size,
-            engines=config.rollout.num_engines,
-        ),
-        stored_model(path).shapes,
+    planner = planner_between(
+        Path(config.model.path),
+        layout,
+        tensor=config.rollout.tensor_parallel_size,
+        engines=config.rollout.num_engines,
+        whole_encoder=config.rollout.mm_enable_dp_encoder,
+        ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", layout.world_size)),
     )
     _require_engines_on_nodes(planner)
     return planner
+
+
+def planner_between(
+    path: Path, layout: ParallelLayout, *, tensor: int, engines: int, whole_encoder: bool, ranks_per_node: int
+) -> Planner:
+    """From a trainer of ``layout`` to so many engines of ``tensor`` ranks, of the model whose config is in ``path``.
+
+    Raises:
+        ValueError: they do not fit together.
+    """
+    rows = held_parameters(path, layout)
+    return Planner(
+        TrainerSide(
+            layout=layout,
+            held=tuple(Held(stage=stage, chunk=chunk, entry=entry) for stage, chunk, entry in rows),
+            ranks_per_node=ranks_per_node,
+        ),
+        EngineSide(table=engine_parameters(path, whole_encoder=whole_encoder), tensor=tensor, engines=engines),
+        stored_model(path).shapes,
+    )
 
 
 def _require_engines_on_nodes(planner: Planner) -> None:

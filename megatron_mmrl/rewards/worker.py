@@ -58,22 +58,22 @@ def main() -> int:
 def _answer(job: Mapping, terms: Mapping[str, Term], checks: Sequence[GoldCheck]) -> dict[str, object]:
     prompt = _prompt(job["prompt"])
     if "text" not in job:
-        return _guarded("gold", lambda: {"value": all(check(prompt) for check in checks)})
+        return _guarded("gold", lambda: all(check(prompt) for check in checks))
     sample = Sample(prompt=prompt, text=job["text"], tokens=job["tokens"], finish=job["finish"])
     values: dict[str, float] = {}
     extras: dict[str, float] = {}
     for key, term in terms.items():
-        result = _guarded(key, lambda: {"outcome": term(sample)})  # noqa: B023  # called at once
+        result = _guarded(key, term, sample)
         if "error" in result:
             return result
-        values[key], more = result["outcome"]
+        values[key], more = result["value"]
         extras |= {f"{key}/{name}": value for name, value in more.items()}
     return {"value": values, "extras": extras}
 
 
-def _guarded(key: str, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _guarded(key: str, function: Callable[..., Any], *arguments: object) -> dict[str, Any]:
     try:
-        return function()
+        return {"value": function(*arguments)}
     except Exception as error:  # noqa: BLE001  # users' code may raise anything; the report is the handling
         return {"error": f"{key}: {type(error).__name__}: {str(error)[:500]}"}
 

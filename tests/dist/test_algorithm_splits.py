@@ -11,21 +11,11 @@ import pytest
 from megatron_mmrl.algorithms.registry import build_algorithm
 from megatron_mmrl.config import Config
 from megatron_mmrl.types import UpdateStats
-from tests.dist import policy_case
 from tests.dist.launch import run_ranks
-from tests.dist.test_policy import config_of, make_sequences
+from tests.dist.policy_case import build, config_of, make_sequences
 from tests.unit.loss_case import VARIANTS
 
 BASE = ("optim.lr=1e-12", "optim.min_lr=0", "optim.schedule=constant", "optim.warmup_updates=0")
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from megatron_mmrl.models.tiny import make_tiny_checkpoint
-
-    path = tmp_path_factory.mktemp("tiny")
-    make_tiny_checkpoint(path)
-    return path
 
 
 def all_variants(config: Config) -> dict[str, UpdateStats]:
@@ -33,7 +23,7 @@ def all_variants(config: Config) -> dict[str, UpdateStats]:
     from megatron_mmrl.parallel.collectives import Collectives
     from megatron_mmrl.parallel.state import shutdown
 
-    policy, packer = policy_case.build(config, temperature=0.7, banned=[3], chunk_tokens=5, repetition_penalty=1.3)
+    policy, packer = build(config, banned=[3], repetition_penalty=1.3)
     policy.start_optimizer(config.optim, total_updates=len(VARIANTS))
     sequences = make_sequences(config)
     packed = packer.pack(sequences)

@@ -11,7 +11,7 @@ from megatron_mmrl.algorithms.registry import build_algorithm
 from megatron_mmrl.config import Config
 from megatron_mmrl.models.parts import part_of
 from tests.dist.launch import RankFailedError, run_ranks
-from tests.dist.test_policy import build, config_of
+from tests.dist.policy_case import build, config_of
 from tests.dist.test_vision_spread import BASE, PATCHES, count_patches, make_sequences
 
 TENSOR_2 = "parallel.tensor_model_parallel_size=2"

@@ -12,18 +12,9 @@ import torch
 from megatron_mmrl.algorithms.registry import build_algorithm
 from megatron_mmrl.config import Config
 from tests.dist.launch import run_ranks
-from tests.dist.test_policy import build, config_of, make_sequences
+from tests.dist.policy_case import build, config_of, make_sequences
 
 LR, EPS = 10.0, 1000.0  # Adam's first step is lr x g / (|g| + eps): 0.01 x g to a thousandth
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from megatron_mmrl.models.tiny import make_tiny_checkpoint
-
-    path = tmp_path_factory.mktemp("tiny")
-    make_tiny_checkpoint(path)
-    return path
 
 
 def clip_and_refresh(config: Config, directory: Path) -> dict[str, list]:

@@ -11,7 +11,7 @@ import torch
 from megatron_mmrl.algorithms.registry import build_algorithm
 from megatron_mmrl.config import Config
 from tests.dist.launch import run_ranks
-from tests.dist.test_policy import BASE, build, config_of, make_sequences, model_path  # noqa: F401
+from tests.dist.policy_case import BASE, build, config_of, make_sequences
 
 
 def train(config: Config, *, parked: bool) -> dict[str, object]:
@@ -52,7 +52,7 @@ def train(config: Config, *, parked: bool) -> dict[str, object]:
     ],
     ids=" ".join,
 )
-def test_training_goes_on_to_the_bit(model_path: Path, overrides: tuple[str, ...]) -> None:  # noqa: F811
+def test_training_goes_on_to_the_bit(model_path: Path, overrides: tuple[str, ...]) -> None:
     config = config_of(model_path, *BASE, "algorithm.kl_coef=0", *overrides)
     plain, parked = (run_ranks(train_parked if away else train_plain, 2, config) for away in (False, True))
     for ours, theirs in zip(parked, plain, strict=True):

@@ -12,60 +12,8 @@ import torch
 from megatron_mmrl.algorithms.registry import build_algorithm
 from megatron_mmrl.config import Config, load_config
 from megatron_mmrl.types import TrainSequence, UpdateStats
-from tests.dist import policy_case
 from tests.dist.launch import RankFailedError, run_ranks
-
-CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
-LENGTHS = ((9, 4), (7, 6), (12, 3), (5, 5), (8, 1), (6, 7), (10, 4), (4, 2))  # prompt and response tokens
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from megatron_mmrl.models.tiny import make_tiny_checkpoint
-
-    path = tmp_path_factory.mktemp("tiny")
-    make_tiny_checkpoint(path)
-    return path
-
-
-def config_of(model_path: Path, *overrides: str) -> Config:
-    return load_config(CONFIG, [f"model.path={model_path}", "parallel.tensor_model_parallel_size=1", *overrides])
-
-
-def make_sequences(config: Config) -> list[TrainSequence]:
-    """Every other sequence has an image (4 tokens of a 4 x 4 grid); log-probs and advantages are arbitrary."""
-    from megatron_mmrl.models.registry import model_facts
-
-    facts = model_facts(config.model.path)
-    rng = np.random.default_rng(0)
-    sequences = []
-    for number, (prompt, response) in enumerate(LENGTHS):
-        ids = rng.integers(0, 200, prompt + response)
-        grid = np.zeros((0, 3), np.int64)
-        if number % 2 and prompt >= 5:
-            ids[1:5] = facts.image_token_id
-            grid = np.array([[1, 4, 4]])
-        mask = np.arange(prompt + response) >= prompt
-        sequences.append(
-            TrainSequence(
-                ids=ids,
-                loss_mask=mask,
-                advantages=np.where(mask, rng.normal(), 0).astype(np.float32),
-                rollout_logprobs=np.where(mask, rng.normal(-5, 0.1, len(ids)), 0).astype(np.float32),
-                pixel_values=rng.normal(size=(int(grid.prod(axis=1).sum()), 1176)).astype(np.float32),
-                image_grid_thw=grid,
-            )
-        )
-    return sequences
-
-
-def build(config: Config):
-    """With a temperature, and the image token banned."""
-    from megatron_mmrl.models.registry import model_facts
-
-    banned = [model_facts(config.model.path).image_token_id]
-    return policy_case.build(config, temperature=0.7, banned=banned, chunk_tokens=5)
-
+from tests.dist.policy_case import BASE, build, config_of, make_sequences
 
 def two_updates(config: Config) -> dict[str, object]:
     """Log-probs before, statistics of two updates, and the weights after them."""
@@ -85,10 +33,6 @@ def two_updates(config: Config) -> dict[str, object]:
 
 
 # A large eps keeps Adam's update proportional to small gradients: it would blow their rounding up to lr otherwise.
-BASE = ("algorithm.kl_coef=0.1", "optim.lr=1e-2", "optim.eps=1e-2", "optim.schedule=constant",
-        "optim.warmup_updates=0")  # fmt: skip
-
-
 @pytest.fixture(scope="module", params=["token_mean", "seq_mean"])
 def reference(request: pytest.FixtureRequest, model_path: Path) -> tuple[str, dict]:
     aggregation = f"algorithm.aggregation={request.param}"

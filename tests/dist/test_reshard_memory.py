@@ -11,7 +11,7 @@ import torch
 from megatron_mmrl.algorithms.registry import build_algorithm
 from megatron_mmrl.config import Config
 from tests.dist.launch import run_ranks
-from tests.dist.test_policy import build, config_of, make_sequences
+from tests.dist.policy_case import build, config_of, make_sequences
 
 BASE = ("optim.lr=1e-2", "optim.schedule=constant", "optim.warmup_updates=0", "trainer.micro_batch_sequences=2")
 OVERLAP = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")
@@ -34,15 +34,6 @@ CASES = {
         "model.freeze=[vision]",
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from megatron_mmrl.models.tiny import make_tiny_checkpoint
-
-    path = tmp_path_factory.mktemp("tiny")
-    make_tiny_checkpoint(path)
-    return path
 
 
 def trained(config: Config) -> dict[str, object]:

@@ -13,7 +13,7 @@ from megatron_mmrl.config import Config, load_config
 from megatron_mmrl.parallel.geometry import as_matrix
 from megatron_mmrl.rollout.engine import EngineError
 from tests.dist.launch import run_ranks
-from tests.dist.test_policy import build, config_of, make_sequences
+from tests.dist.policy_case import build, config_of, make_sequences
 
 OVERLAP = ("parallel.data_parallel_size=2", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true",
            "optim.lr=1e-2", "optim.warmup_updates=0", "optim.schedule=constant")  # fmt: skip

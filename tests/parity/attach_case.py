@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import json
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from megatron_mmrl.models.qwen2_5_vl.config import TextSizes
-from megatron_mmrl.models.qwen2_5_vl.engine_weights import engine_table
-from megatron_mmrl.models.qwen2_5_vl.weights import stage_table
 from megatron_mmrl.parallel.geometry import as_matrix
 from megatron_mmrl.parallel.layout import ParallelLayout
 from megatron_mmrl.reshard.attach import Answer, read_answers
 from megatron_mmrl.reshard.checksum import as_number, checksum
-from megatron_mmrl.reshard.fragments import EngineSide, Held, TrainerSide
 from megatron_mmrl.reshard.memory import SharedBlock, packed, typed
-from megatron_mmrl.reshard.plan import Planner
+from megatron_mmrl.reshard.session import planner_between
 from megatron_mmrl.reshard.spec import AttachSpec, ChecksumRequest, RankMemory, arena_layout, attach_spec
 from megatron_mmrl.rollout.server_args import ATTACH_LOADER, CHECKSUM_LOADER
 from megatron_mmrl.rollout.sglang_client import SGLangEngine
@@ -30,32 +25,18 @@ from tests.unit.reshard_case import cut
 CPU = torch.device("cpu")
 
 
-def planner_of(case: Case, *, tensor: int, whole_encoder: bool) -> Planner:
-    """From a trainer of ``tensor`` tensor-parallel ranks to an engine of as many."""
-    config = json.loads((case.path / "config.json").read_text())
-    text = config.get("text_config") or config
-    heads = text["num_attention_heads"]
-    sizes = TextSizes(
-        heads=heads,
-        groups=text["num_key_value_heads"],
-        head_dim=text["hidden_size"] // heads,
-        vocab_size=text["vocab_size"],
-        tied=config.get("tie_word_embeddings", False),
-    )
-    shapes = {name: tuple(tensor.shape) for name, tensor in case.weights().items()}
-    vision_names = [name for name in shapes if name.startswith("visual.")]
-    layout = ParallelLayout(tensor=tensor)
-    rows = stage_table(sizes, text["num_hidden_layers"], vision_names, layout)
-    held = tuple(Held(stage=stage, chunk=chunk, entry=entry) for stage, chunk, entry in rows)
-    engine = EngineSide(table=tuple(engine_table(config, whole_encoder=whole_encoder)), tensor=tensor, engines=1)
-    return Planner(TrainerSide(layout=layout, held=held), engine, shapes)
-
-
 class Owner:
     """All trainer ranks' memory: their shards, and an arena each for what the engine does not share with them."""
 
     def __init__(self, case: Case, *, tensor: int, whole_encoder: bool = False) -> None:
-        self.planner = planner_of(case, tensor=tensor, whole_encoder=whole_encoder)
+        self.planner = planner_between(
+            case.path,
+            ParallelLayout(tensor=tensor),
+            tensor=tensor,
+            engines=1,
+            whole_encoder=whole_encoder,
+            ranks_per_node=tensor,
+        )
         self.blocks: list[tuple[SharedBlock, SharedBlock]] = []
         self.memories: list[RankMemory] = []
         for device in range(tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,11 @@ def bad_rows() -> list[dict[str, Any]]:
 
 def look(file: str, **changes: Any) -> Report:
     config = DataConfig(image_root=str(Path(file).parent), max_prompt_tokens=200, max_decoded_pixels=10**6)
-    parsable = lambda prompts: [prompt.answer != "\\frac{" for prompt in prompts]  # noqa: E731
     return check([file], config, **{"count_tokens": count, "parsable": parsable, "jobs": 1, **changes})
+
+
+def parsable(prompts: Sequence[Prompt]) -> list[bool]:
+    return [prompt.answer != "\\frac{" for prompt in prompts]
 
 
 def count(prompt: Prompt, sizes: Any) -> int:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
+from typing import Any
 
 import pytest
 
@@ -114,8 +115,8 @@ def test_the_name_is_resolved_once(server: str, monkeypatch: pytest.MonkeyPatch)
     answers = iter(["127.0.0.1", "127.0.0.2"])
     real = socket.getaddrinfo
 
-    def resolve(host: str, *args: object, **kwargs: object) -> object:
-        return real(next(answers) if host == "rebind.example" else host, *args, **kwargs)  # type: ignore[arg-type]
+    def resolve(host: str, *args: Any, **kwargs: Any) -> object:
+        return real(next(answers) if host == "rebind.example" else host, *args, **kwargs)
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     assert fetch(f"http://rebind.example:{port}/a.png", allowed=only_here) == BODY

@@ -7,9 +7,6 @@ import torch
 
 from megatron_mmrl.compat import declare_torchvision_ops
 
-declare_torchvision_ops()  # before SGLang, as in its own processes
-from megatron_mmrl.rollout.sglang_hooks import _update_and_capture  # noqa: E402
-
 
 class Runner:
     """SGLang's side of a capture, as a record of calls."""
@@ -37,6 +34,9 @@ class Updater:
 
 @pytest.mark.parametrize(("moves", "expected"), [(True, ["prefill", "decode"]), (False, [])])
 def test_graphs_are_captured_again_when_parameters_move(moves: bool, expected: list[str]) -> None:
+    declare_torchvision_ops()  # before SGLang, as in its own processes
+    from megatron_mmrl.rollout.sglang_hooks import _update_and_capture
+
     def update(updater: Updater, load_format: str) -> tuple[bool, str]:
         new = torch.ones(4, 4)
         if moves:
