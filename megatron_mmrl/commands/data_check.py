@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from megatron_mmrl.commands.data_prepare import expanded, image_root, num_jobs
 
 if TYPE_CHECKING:
     from megatron_mmrl.config.data import DataConfig
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from megatron_mmrl.data.check import CountTokens, Parsable, Report, Spread
 
 SUMMARY = "count rows, images and tokens, and list every bad row"
-EXPECTED = (ValueError, RuntimeError)
+EXPECTED = (ValueError, RuntimeError, OSError)
 DESCRIPTION = """\
 Reads every row and decodes every image of data files, as a run would, and
 reports rows, images, sizes in pixels and tokens, prompt lengths; and each row
@@ -25,7 +26,7 @@ that is bad, too long, a duplicate, or has an answer that no reward can parse,
 by name and with the reason. Exit code 1 if anything is wrong.
 
   mmrl data check data/train.parquet data/test.parquet
-  mmrl data check raw.jsonl --format mm_eureka --model Qwen2.5-VL-7B-Instruct --json
+  mmrl data check raw.jsonl --format mm_eureka --model Qwen/Qwen2.5-VL-7B-Instruct --json
 """
 _SPREADS = {
     "width_pixels": "image width, pixels",
@@ -37,14 +38,18 @@ _SPREADS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE", help="parquet, arrow, jsonl or json")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="parquet, arrow, jsonl, json or csv")
     parser.add_argument(
         "--config", dest="settings", type=Path, metavar="F", help="take data, reward and model settings from it"
     )
     parser.add_argument("--format", metavar="F", help="how a row is read (default: as configured, verl)")
     parser.add_argument("--model", metavar="D", help="count tokens with its tokenizer and chat template")
     parser.add_argument("--template", metavar="T", help="as data.template")
-    parser.add_argument("--image-root", metavar="D", help="image files are opened only below it")
+    parser.add_argument(
+        "--image-root",
+        metavar="D",
+        help="image files are opened only below it (default: as configured; without --config, where the first FILE is)",
+    )
     parser.add_argument("--min-pixels", type=int, metavar="N", help="as data.min_pixels")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="as data.max_pixels")
     parser.add_argument("--max-prompt-tokens", type=int, metavar="N", help="as data.max_prompt_tokens")
@@ -60,11 +65,11 @@ def run(options: argparse.Namespace) -> int:
     data, reward, model = _settings(options)
     with _parsing(reward) as parsable, row_bar() as progress:
         report = check(
-            [str(Path(file).expanduser()) for file in options.files],
+            expanded(options.files),
             data,
             count_tokens=_counter(model, data),
             parsable=parsable,
-            jobs=options.jobs or len(os.sched_getaffinity(0)),
+            jobs=num_jobs(options.jobs),
             progress=progress,
         )
     print(json.dumps({**asdict(report), "counts": report.counts}) if options.json else _text(report, options.limit))
@@ -72,6 +77,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _settings(options: argparse.Namespace) -> tuple[DataConfig, RewardConfig, str | None]:
+    from megatron_mmrl.cluster.preflight import read_model_config
     from megatron_mmrl.config import load_config
     from megatron_mmrl.config.data import DataConfig
     from megatron_mmrl.config.reward import RewardConfig
@@ -80,8 +86,12 @@ def _settings(options: argparse.Namespace) -> tuple[DataConfig, RewardConfig, st
     if options.settings is not None:
         config = load_config(options.settings)
         data, reward, model = config.data, config.reward, config.model.path
+        if options.model is None:
+            read_model_config(model)  # transformers would look for a missing directory on the network
     keys = ("format", "template", "image_root", "min_pixels", "max_pixels", "max_prompt_tokens")
     given = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
+    if options.settings is None:
+        given["image_root"] = image_root(options.image_root, options.files)
     return replace(data, **given), reward, options.model or model
 
 
@@ -108,6 +118,8 @@ def _text(report: Report, limit: int) -> str:
     lines += [_line(name, getattr(report, key)) for key, name in _SPREADS.items() if getattr(report, key) is not None]
     if not report.findings:
         return "\n".join([*lines, "nothing is wrong"])
+    if report.counts.get("bad_row") == report.rows:
+        lines.append("no row can be read; is --format right?")
     lines.append(", ".join(f"{count} {kind}" for kind, count in sorted(report.counts.items())))
     lines += [f"  {finding.id}: {finding.kind}: {finding.reason}" for finding in report.findings[:limit]]
     if (more := len(report.findings) - limit) > 0:

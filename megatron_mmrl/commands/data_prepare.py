@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from megatron_mmrl.data.split import SplitBy
 
 SUMMARY = "read a data set and write train.parquet and test.parquet"
-EXPECTED = (ValueError, RuntimeError)
+EXPECTED = (ValueError, RuntimeError, OSError)
+ONE_QUESTION_FOR_ALL = ("clevr_cogen", "polymath")
+"""Formats that ask the same of every picture, or in the picture: questions would tie all rows together."""
 DESCRIPTION = """\
-Reads parquet, arrow, jsonl or json in one of many formats, checks and embeds
+Reads parquet, arrow, jsonl, json or csv in one of many formats, checks and embeds
 every image, and writes train.parquet and test.parquet in the schema that
 data.format=verl reads. Rows that share a question or an image are never split
 between the two. The output appears whole or not at all. See docs/data.md.
@@ -28,7 +30,7 @@ between the two. The output appears whole or not at all. See docs/data.md.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE", help="parquet, arrow, jsonl or json")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="parquet, arrow, jsonl, json or csv")
     parser.add_argument("--format", required=True, metavar="F", help="how a row is read; docs/data.md lists them")
     parser.add_argument("--output-dir", required=True, type=Path, metavar="D", help="must not exist, or be empty")
     parser.add_argument("--overwrite", action="store_true", help="replace what was prepared in D before")
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split-by",
         choices=("either", "image", "question"),
-        help="what ties rows together (default: either; image for clevr_cogen, where all questions are one)",
+        help="what ties rows together (default: either; image for clevr_cogen and polymath, whose questions are alike)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of held-out rows (default: 0)")
     parser.add_argument("--max-samples", type=int, metavar="N", help="read the first N rows only")
@@ -53,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from megatron_mmrl.data.prepare import PrepareOptions
 
-    split_by: SplitBy = options.split_by or ("image" if options.format == "clevr_cogen" else "either")
+    split_by: SplitBy = options.split_by or ("image" if options.format in ONE_QUESTION_FOR_ALL else "either")
     return prepare_and_report(
         PrepareOptions(
             files=expanded(options.files),
@@ -67,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
             seed=options.seed,
             max_samples=options.max_samples,
             max_bad_fraction=options.max_bad_fraction,
-            jobs=options.jobs or len(os.sched_getaffinity(0)),
+            jobs=num_jobs(options.jobs),
         ),
         options.output_dir,
         overwrite=options.overwrite,
@@ -107,6 +109,11 @@ def guarded(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted (SIGINT)", file=sys.stderr)
         return 130
+
+
+def num_jobs(given: int | None) -> int:
+    """Processes: as many as given, else one per core."""
+    return len(os.sched_getaffinity(0)) if given is None else given
 
 
 def expanded(files: Sequence[str]) -> tuple[str, ...]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -17,7 +15,7 @@ from megatron_mmrl.config.data import DataConfig
 from megatron_mmrl.data.errors import BadImageError, BadPromptError, BadRowError
 from megatron_mmrl.data.formats import FORMATS
 from megatron_mmrl.data.image_processor import fitted_size
-from megatron_mmrl.data.images import open_image
+from megatron_mmrl.data.images import open_image, pixel_hash
 from megatron_mmrl.data.parts import row_reader
 from megatron_mmrl.data.raw import Span, plan_spans, read_span
 from megatron_mmrl.data.schema import question_of
@@ -157,7 +155,7 @@ def check(
     """Read every row of ``files`` as ``config`` says.
 
     Args:
-        files: parquet, arrow, jsonl or json.
+        files: parquet, arrow, jsonl, json or csv.
         config: format, template, image root, pixel limits, longest prompt.
         count_tokens: of the model; None: prompts are measured in characters alone.
         parsable: whether the rewards can compare with the gold answers of some prompts.
@@ -165,14 +163,18 @@ def check(
         progress: called with (rows read since the last call, rows in all).
 
     Raises:
-        ValueError: unknown format or template, files that cannot be read.
+        ValueError: unknown format or template, files that cannot be read or have no rows.
     """
     if config.format not in FORMATS:
         raise ValueError(f"data.format={config.format!r} is not known; use one of {', '.join(FORMATS)}")
     tally = _Tally(config=config, count_tokens=count_tokens)
     template = template_of(config)
+    if jobs < 1:
+        raise ValueError(f"jobs={jobs}: must be at least 1")
     spans = plan_spans(files, jobs)
     total = sum(span.num_rows for span in spans)
+    if not total:
+        raise ValueError("the data files have no rows")
     with closing(ordered_map(partial(look_at_span, config), spans, jobs)) as results:
         for rows in results:
             rows = [row if row.prompt is None else replace(row, prompt=template.apply(row.prompt)) for row in rows]
@@ -192,7 +194,7 @@ def look_at_span(config: DataConfig, span: Span) -> list[Seen]:
     read = row_reader(config.format, config.image_root, None)
     seen = []
     for row, columns in read_span(span):
-        row_id = f"{Path(span.file).name}:{row}"
+        row_id = f"{span.name}:{row}"
         kind: Kind = "bad_row"
         try:
             if isinstance(columns, BadRowError):
@@ -210,11 +212,9 @@ def look_at_span(config: DataConfig, span: Span) -> list[Seen]:
 
 
 def _look(data: bytes, max_decoded_pixels: int) -> tuple[int, int, int]:
-    """Width, height and a 64-bit hash of the pixels: equal for one picture in two files. Raises BadImageError."""
+    """Width, height and pixel_hash. Raises BadImageError."""
     image = open_image(data, max_decoded_pixels)
-    digest = hashlib.sha256(f"{image.width}x{image.height}".encode())
-    digest.update(image.tobytes())
-    return image.width, image.height, int.from_bytes(digest.digest()[:8], "little")
+    return image.width, image.height, pixel_hash(image)
 
 
 def _report(tally: _Tally) -> Report:

@@ -25,6 +25,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _PORTS = {"http": 80, "https": 443}
 _READ_BYTES = 1 << 16
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +39,18 @@ class FetchLimits:
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address is on the internet: not private, loopback, link-local, multicast, or reserved."""
-    mapped = getattr(address, "ipv4_mapped", None)
-    return is_public(mapped) if mapped is not None else address.is_global and not address.is_multicast
+    """Whether an address is on the internet: not private, loopback, link-local, multicast, or reserved.
+
+    An IPv6 address that leads to an IPv4 one (mapped, NAT64, 6to4) is what the other is.
+    """
+    if isinstance(address, ipaddress.IPv6Address):
+        last = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        inner = address.ipv4_mapped or address.sixtofour or (last if address in _NAT64 else None)
+        if inner is not None:
+            return is_public(inner)
+        if address.is_site_local:
+            return False
+    return address.is_global and not (address.is_multicast or address.is_reserved)
 
 
 def fetch(url: str, limits: FetchLimits | None = None, allowed: Callable[[Address], bool] = is_public) -> bytes:

@@ -10,6 +10,8 @@ import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import pyarrow as pa
+import xxhash
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from megatron_mmrl.data.errors import BadImageError, BadRowError
@@ -56,11 +58,11 @@ def read_image(entry: object, image_root: str | None, fetch: Callable[[str], byt
     if path.lower().startswith(("http://", "https://")):
         if fetch is None:
             raise BadRowError(
-                f"image path {path!r}: no image is fetched in a run; mmrl data prepare --allow-http embeds them"
+                f"image path {path!r:.200}: no image is fetched in a run; mmrl data prepare --allow-http embeds them"
             )
         return fetch(path)
     if image_root is None:
-        raise BadRowError(f"image path {path!r}: data.image_root is not set, so only image bytes are accepted")
+        raise BadRowError(f"image path {path!r:.200}: data.image_root is not set, so only image bytes are accepted")
     return _read_below(path.removeprefix("file://"), Path(image_root).resolve())
 
 
@@ -68,16 +70,17 @@ def _read_below(path: str, root: Path) -> bytes:
     try:
         file = (root / path).resolve()
         if not file.is_relative_to(root):
-            raise BadRowError(f"image path {path!r} leads outside data.image_root={root}")
+            raise BadRowError(f"image path {path!r:.200} leads outside data.image_root={root}")
         if not file.is_file():  # missing, but also a directory, a pipe or a device
-            raise BadRowError(f"image path {path!r}: no such file below data.image_root={root}")
+            raise BadRowError(f"image path {path!r:.200}: no such file below data.image_root={root}")
         if file.stat().st_size > MAX_FILE_BYTES:
-            raise BadRowError(f"image path {path!r}: {file.stat().st_size} bytes, more than {MAX_FILE_BYTES}")
+            raise BadRowError(f"image path {path!r:.200}: {file.stat().st_size} bytes, more than {MAX_FILE_BYTES}")
         return file.read_bytes()
     except BadRowError:
         raise
     except (OSError, RuntimeError, ValueError) as error:  # unreadable; a loop of links; a NUL in the name
-        raise BadRowError(f"image path {path!r} cannot be read: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error  # without the path again
+        raise BadRowError(f"image path {path!r:.200} cannot be read: {reason}") from error
 
 
 def open_image(data: bytes, max_decoded_pixels: int) -> Image.Image:
@@ -123,3 +126,15 @@ def to_png(image: Image.Image) -> bytes:
 def content_hash(data: bytes) -> str:
     """Equal for equal bytes, whatever row or file they came from."""
     return hashlib.sha256(data).hexdigest()
+
+
+def pixel_hash(image: Image.Image) -> int:
+    """64-bit hash of the size and the pixels of an RGB image: equal for one picture in two files.
+
+    PIL's memory is hashed where it lies, four bytes a pixel; to copy it out would cost as much as half of decoding it.
+    """
+    try:
+        pixels = pa.array(image).values.buffers()[1]
+    except ValueError:  # of an image above 16 MiB, which PIL holds in several blocks
+        pixels = image.tobytes("raw", "RGBX")
+    return xxhash.xxh3_64_intdigest(pixels, seed=image.width)

@@ -29,8 +29,7 @@ class ParquetRows:
         if not files:
             raise ValueError("no parquet files given")
         self._files = [_open(file) for file in files]
-        names = [Path(file).name for file in files]
-        self.names = names if len(set(names)) == len(names) else list(files)
+        self.names = file_names(files)
         self._groups = [
             (number, group) for number, file in enumerate(self._files) for group in range(file.num_row_groups)
         ]
@@ -71,6 +70,12 @@ class ParquetRows:
         while len(self._cached) > 1 and sum(kept.nbytes for kept in self._cached.values()) > self._cached_bytes:
             self._cached.popitem(last=False)
         return table
+
+
+def file_names(files: Sequence[str]) -> list[str]:
+    """What rows are named after: the files' names, or their paths as given where two have the same name."""
+    names = [Path(file).name for file in files]
+    return names if len(set(names)) == len(names) else list(files)
 
 
 def _open(file: str) -> pq.ParquetFile:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from megatron_mmrl.data.errors import BadImageError, BadRowError
 from megatron_mmrl.data.fetch import FetchLimits, fetch
 from megatron_mmrl.data.formats import FORMATS
-from megatron_mmrl.data.images import content_hash, open_image, read_image
+from megatron_mmrl.data.images import open_image, pixel_hash, read_image
 from megatron_mmrl.data.raw import ALIGN, Span, read_span
 from megatron_mmrl.data.schema import SCHEMA, WRITER, from_numpy, place, question_of, record_batch, to_row
 from megatron_mmrl.data.split import RowKeys, question_key
@@ -56,12 +56,14 @@ def row_reader(
     """(columns, prompt id) -> prompt without template; images from the web within ``fetch_limits``, None: refused."""
     get = None if fetch_limits is None else partial(fetch, limits=fetch_limits)
     image = partial(read_image, image_root=image_root, fetch=get)
-    return lambda row, prompt_id: FORMATS[format](row, prompt_id, image)
 
+    def read(row: dict[str, object], prompt_id: str) -> Prompt:
+        try:
+            return FORMATS[format](row, prompt_id, image)
+        except RecursionError as error:
+            raise BadRowError("values lie in one another too deeply") from error
 
-def picture_key(data: bytes) -> int:
-    """64-bit hash of an image file. To hash its pixels would cost a third of what it takes to decode them."""
-    return int(content_hash(data)[:16], 16)
+    return read
 
 
 def write_part(job: PartJob, numbered: tuple[int, Span]) -> Part:
@@ -80,9 +82,8 @@ def write_part(job: PartJob, numbered: tuple[int, Span]) -> Part:
             try:
                 if isinstance(columns, BadRowError):
                     raise columns
-                prompt = read(columns, f"{Path(span.file).name}:{row}")
-                for data in prompt.images:
-                    open_image(data, job.max_decoded_pixels)
+                prompt = read(columns, f"{span.name}:{row}")
+                pictures = [pixel_hash(open_image(data, job.max_decoded_pixels)) for data in prompt.images]
             except (BadRowError, BadImageError) as error:
                 bad.append((row, str(error)))
                 continue
@@ -90,7 +91,7 @@ def write_part(job: PartJob, numbered: tuple[int, Span]) -> Part:
             named = prompt if job.data_source is None else replace(prompt, source=job.data_source)
             writer.add(to_row(template.apply(named), question), sum(map(len, prompt.images)))
             questions.append(question_key(question))
-            images.append([picture_key(data) for data in prompt.images])
+            images.append(pictures)
     keys_of_part = RowKeys(
         questions=np.array(questions, np.uint64),
         images=np.array([key for keys in images for key in keys], np.uint64),
@@ -110,7 +111,7 @@ def write_splits(parts: Sequence[Path], is_test: NDArray[np.bool_], folder: Path
             if mask.any()
         }
         for path in parts:
-            batches = pa.ipc.open_file(pa.memory_map(str(path)))
+            batches = pa.ipc.open_file(pa.OSFile(str(path)))  # not mapped: memory holds a batch, not the part
             for number in range(batches.num_record_batches):
                 rows = pa.Table.from_batches([batches.get_batch(number)])
                 for split, writer in writers.items():

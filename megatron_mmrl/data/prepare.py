@@ -16,6 +16,7 @@ from pathlib import Path
 from megatron_mmrl.config.data import DataConfig
 from megatron_mmrl.data.fetch import FetchLimits
 from megatron_mmrl.data.formats import FORMATS
+from megatron_mmrl.data.parquet import file_names
 from megatron_mmrl.data.parts import Part, PartJob, write_part, write_splits
 from megatron_mmrl.data.quarantine import Quarantine
 from megatron_mmrl.data.raw import Span, plan_spans
@@ -34,7 +35,7 @@ class PrepareOptions:
     """What to read, what to keep and how to split."""
 
     files: tuple[str, ...]
-    """Parquet, arrow, jsonl or json files."""
+    """Parquet, arrow, jsonl, json or csv files."""
     format: str
     """How a row is read; a key of FORMATS."""
     image_root: str | None = None
@@ -65,8 +66,11 @@ class PrepareOptions:
             raise ValueError(f"test share of {self.test_percent} percent: must be at least 0 and below 100")
         if not self.files:
             raise ValueError("no data files given")
-        if self.jobs < 1:
-            raise ValueError(f"jobs={self.jobs}: must be at least 1")
+        for name, value in (("jobs", self.jobs), ("max samples", self.max_samples)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max bad fraction={self.max_bad_fraction}: must be from 0 to 1")
         if self.template is not None:
             load_template(self.template)
 
@@ -145,7 +149,7 @@ def _convert(
     with closing(ordered_map(partial(write_part, job), enumerate(spans), options.jobs)) as results:
         for span, part in zip(spans, results, strict=True):
             for row, reason in part.bad:
-                quarantine.add(Path(span.file).name, row, reason)
+                quarantine.add(span.name, row, reason)
             quarantine.check()
             parts.append(part)
             if progress is not None:
@@ -154,9 +158,10 @@ def _convert(
 
 
 def _describe(options: PrepareOptions, prepared: Prepared, file: Path) -> None:
-    """What was made of what, without paths or times: equal for equal input."""
+    """What was made of what, without times, and without paths unless names are equal: equal for equal input."""
+    names = file_names(options.files)
     said = {
-        "files": {Path(name).name: Path(name).stat().st_size for name in options.files},
+        "files": {name: Path(file).stat().st_size for name, file in zip(names, options.files, strict=True)},
         "format": options.format,
         "template": options.template,
         "data_source": options.data_source,

@@ -79,8 +79,8 @@ def choose_test(keys: RowKeys, labels: NDArray[np.int64], percent: float, seed: 
         ValueError: the components are so large that less than half of the rows asked for can be held out.
     """
     num_rows = len(labels)
-    wanted = max(1, round(num_rows * percent / 100)) if percent > 0 and num_rows else 0
-    if wanted == 0:
+    wanted = min(max(1, round(num_rows * percent / 100)), num_rows - 1)  # something is left to train on
+    if percent == 0 or wanted <= 0:
         return np.zeros(num_rows, np.bool_)
     _, labels = np.unique(labels, return_inverse=True)
     sizes = np.bincount(labels)
@@ -97,7 +97,8 @@ def choose_test(keys: RowKeys, labels: NDArray[np.int64], percent: float, seed: 
     if 2 * taken < wanted:
         raise ValueError(
             f"only {taken} of {wanted} rows can be held out: {sizes.max()} of {num_rows} rows are tied together by "
-            "questions or pictures that they share; where one question is asked of many pictures, split by image"
+            "questions or pictures that they share; where one question is asked of many pictures, split by image "
+            "(--split-by image)"
         )
     return chosen[labels]
 

@@ -40,8 +40,9 @@ def whole_directory(target: Path, *, replaces: Sequence[str] = (), overwrite: bo
 
 
 def _check(target: Path, may_go: set[str], overwrite: bool) -> None:
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} exists and is not a directory")
+    nearest = next(path for path in (target, *target.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{nearest} exists and is not a directory")
     others = sorted({file.name for file in target.iterdir()} - may_go) if target.is_dir() else []
     if others:
         way = "give another" if overwrite else "give another, or replace what was prepared there with --overwrite"

@@ -139,3 +139,37 @@ def test_a_command_that_cannot_work_says_so(tmp_path: Path, capsys: pytest.Captu
     good = write(tmp_path / "good.parquet", good_rows())
     assert cli.main(["data", "check", good, "--format", "vrl", "--jobs", "1"]) == 1
     assert "format" in capsys.readouterr().err
+    (tmp_path / "empty.jsonl").write_text("")
+    assert cli.main(["data", "check", str(tmp_path / "empty.jsonl"), "--jobs", "1"]) == 1
+    assert "have no rows" in capsys.readouterr().err
+    assert cli.main(["data", "check", good, "--jobs", "0"]) == 1
+    assert "jobs=0" in capsys.readouterr().err
+    assert cli.main(["data", "check", good, "--format", "swift", "--jobs", "1"]) == 1
+    assert "no row can be read; is --format right?\n3 bad_row" in capsys.readouterr().out
+    (tmp_path / "run.yaml").write_text(f"model: {{path: {tmp_path / 'models/none'}}}\n")
+    assert cli.main(["data", "check", good, "--config", str(tmp_path / "run.yaml"), "--jobs", "1"]) == 2
+    assert "models/none: no config.json there" in capsys.readouterr().err  # and nothing is asked of a network
+
+
+def test_pictures_lie_beside_the_first_file_unless_configured(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(picture()))
+    file = write(tmp_path / "paths.parquet", [row(images=[{"path": "a.png"}])])
+    assert cli.main(["data", "check", file, "--jobs", "1"]) == 0
+    settings = tmp_path / "run.yaml"
+    settings.write_text(f"model: {{path: {model}}}\n")
+    capsys.readouterr()
+    assert cli.main(["data", "check", file, "--config", str(settings), "--jobs", "1"]) == 1
+    assert "data.image_root is not set" in capsys.readouterr().out
+
+
+def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    files = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        files.append(write(tmp_path / folder / "train.parquet", good_rows()[:1]))
+    report = check(files, DataConfig(), count_tokens=None, parsable=parsable, jobs=1)
+    (finding,) = report.findings
+    assert (finding.id, finding.kind) == (f"{files[1]}:0", "duplicate")
+    assert f"as {files[0]}:0" in finding.reason

@@ -125,9 +125,11 @@ def test_the_name_is_resolved_once(server: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_addresses_that_are_not_public() -> None:
     inside = "127.0.0.1 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 100.64.0.1 0.0.0.0 224.0.0.1 255.255.255.255"
-    for text in [*inside.split(), "::1", "::", "fe80::1", "fc00::1", "ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1"]:
+    inside += " ::1 :: fe80::1 fc00::1 fec0::1 ff02::1 ::ffff:127.0.0.1 ::ffff:10.0.0.1 ::7f00:1"
+    inside += " 64:ff9b::7f00:1 64:ff9b:1::a00:1 2002:a00:1::"  # 127.0.0.1 and 10.0.0.1 by NAT64 and 6to4
+    for text in inside.split():
         assert not is_public(ip_address(text)), text
-    for text in ("93.184.216.34", "8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8"):
+    for text in ("93.184.216.34", "8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"):
         assert is_public(ip_address(text)), text
 
 

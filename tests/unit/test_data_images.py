@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from megatron_mmrl.data.errors import BadImageError, BadRowError
-from megatron_mmrl.data.images import content_hash, open_image, read_image, to_png
+from megatron_mmrl.data.images import content_hash, open_image, pixel_hash, read_image, to_png
 from tests.unit.data_rows import bomb, encoded, picture
 
 LIMIT = 10_000
@@ -76,6 +76,27 @@ def test_any_damage_is_a_bad_image_and_nothing_else() -> None:
             except BadImageError:
                 refused += 1
     assert refused > 200
+
+
+def test_one_picture_in_many_files_has_one_hash() -> None:
+    image = picture(30, 20).convert("L").convert("RGB")
+    files = [encoded(image, kind) for kind in ("PNG", "BMP", "GIF")]
+    files += [encoded(image.convert(mode)) for mode in ("L", "LA", "RGBA")]
+    assert len(set(files)) == len(files)
+    (same,) = {pixel_hash(open_image(data, LIMIT)) for data in files}
+    changed = image.copy()
+    changed.putpixel((29, 19), (1, 2, 3))
+    turned = Image.frombytes("RGB", (20, 30), image.tobytes())
+    assert len({same, pixel_hash(changed), pixel_hash(turned)}) == 3
+
+
+def test_large_pictures_are_hashed_too() -> None:
+    """PIL holds them in several blocks."""
+    image = Image.new("RGB", (6000, 5000), "red")
+    assert pixel_hash(image) == pixel_hash(image.copy())
+    other = image.copy()
+    other.putpixel((5999, 4999), (0, 0, 0))
+    assert pixel_hash(other) != pixel_hash(image)
 
 
 def test_bytes_of_a_row_are_taken_as_they_are() -> None:

@@ -8,25 +8,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_mmrl import cli
 from megatron_mmrl.config.data import DataConfig
 from megatron_mmrl.data.dataset import PromptDataset
 from megatron_mmrl.data.errors import BadRowError, TooManyBadRowsError
 from megatron_mmrl.data.formats import FORMATS
 from megatron_mmrl.data.images import read_image
+from megatron_mmrl.data.parts import row_reader
 from megatron_mmrl.data.prepare import PrepareOptions, prepare
-from megatron_mmrl.data.raw import ALIGN, plan_spans, read_span
+from megatron_mmrl.data.raw import ALIGN
 from megatron_mmrl.data.schema import SCHEMA
-from megatron_mmrl.data.split import RowKeys, choose_test, components, question_key
 from megatron_mmrl.types import Prompt
 from tests.unit.data_rows import encoded, picture
 
@@ -131,6 +130,34 @@ def test_bad_rows_are_listed_up_to_the_limit(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw"]
 
 
+def test_a_row_that_cannot_be_written_is_bad_and_blank_lines_are_nothing(tmp_path: Path) -> None:
+    file = mm_eureka(tmp_path / "raw", 3)
+    inline = "data:image/png;base64," + "A" * 5000
+    with open(file, "a") as lines:
+        lines.write("\n  \n")
+        for text, image in (("a\ud800b", "img/0.png"), ("x", inline)):
+            turns = [{"role": "user", "content": f"<image>{text}"}]
+            lines.write(json.dumps({"conversations": turns, "answer": "1", "image_urls": [image]}) + "\n")
+        lines.write('{"answer": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    done = prepare(options(file, max_bad_fraction=1), tmp_path / "out")
+    assert (done.train_rows + done.test_rows, done.bad_rows) == (3, 3)
+    listed = [json.loads(line) for line in (tmp_path / "out/bad_rows.jsonl").read_text().splitlines()]
+    assert [entry["row"] for entry in listed] == [5, 6, 7]
+    assert "recursion" in listed[2]["reason"]
+    assert "half a character, '\\ud800'" in listed[0]["reason"]
+    assert listed[1]["reason"].startswith("image path 'data:image/png;base64,AAAA")
+    assert len(listed[1]["reason"]) < 300
+
+
+def test_a_row_nested_without_end_is_bad() -> None:
+    deep: list[Any] = []
+    for _ in range(10_000):
+        deep = [deep]
+    row = {"conversations": [{"role": "user", "content": "2 + 2?"}], "answer": "4", "other": deep}
+    with pytest.raises(BadRowError, match="too deeply"):
+        row_reader("mm_eureka", None, None)(row, "0")
+
+
 def test_pictures_outside_the_root_are_refused(tmp_path: Path) -> None:
     file = mm_eureka(tmp_path / "raw", 3)
     secret = tmp_path / "secret.png"
@@ -165,13 +192,30 @@ def test_what_cannot_be_prepared_says_why(tmp_path: Path) -> None:
         ({"test_percent": 100}, "below 100"),
         ({"files": ()}, "no data files"),
         ({"files": ("a.csv",)}, r"a\.csv does not exist"),
+        ({"files": (str(tmp_path),)}, "is a directory; name the data files in it"),
+        ({"files": (file, file)}, r"mm\.jsonl is given twice"),
+        ({"jobs": 0}, "jobs=0"),
+        ({"max_samples": 0}, "max samples=0"),
+        ({"max_bad_fraction": 7.0}, r"max bad fraction=7\.0"),
     ):
         with pytest.raises(ValueError, match=reason):
             prepare(options(file, **changes), tmp_path / "out")
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ValueError, match="have no rows"):
         prepare(options(str(tmp_path / "empty.jsonl")), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"mm\.jsonl exists and is not a directory"):
+        prepare(options(file), Path(file) / "deep/out")
     assert not (tmp_path / "out").exists()
+
+
+def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    files = [mm_eureka(tmp_path / folder, 3) for folder in ("a", "b")]
+    (tmp_path / "b/img/1.png").unlink()
+    both = options(files[0], files=tuple(files), image_root=str(tmp_path / "b"), max_bad_fraction=1, test_percent=0)
+    prepare(both, tmp_path / "out")
+    listed = [json.loads(line)["file"] for line in (tmp_path / "out/bad_rows.jsonl").read_text().splitlines()]
+    assert listed == files
+    assert list(json.loads((tmp_path / "out/prepared.json").read_text())["files"]) == files
 
 
 def test_max_samples_reads_the_first_rows(tmp_path: Path) -> None:
@@ -221,118 +265,35 @@ def test_a_stopped_command_leaves_nothing(tmp_path: Path, number: signal.Signals
     assert sorted(path.name for path in tmp_path.iterdir()) == ["raw"]
 
 
-# Reading in spans.
+def test_a_killed_command_leaves_no_output(tmp_path: Path) -> None:
+    """SIGKILL cannot be handled: the staged directory stays, hidden, beside where the output would be."""
+    file = mm_eureka(tmp_path / "raw", 3)
+    slow = tmp_path / "raw/slow.jsonl"
+    slow.write_text(Path(file).read_text() * 10000)
+    out = ["--output_dir", str(tmp_path / "out"), "--nproc", "2"]
+    home = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([*example("--jsonl_file", str(slow)), *out], env=home, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.*.partial/part-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait(60)
+    while (workers := in_session(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not workers
+    assert not (tmp_path / "out").exists()
+    assert [path.name.startswith(".out.") for path in tmp_path.iterdir() if path.name != "raw"] == [True]
+    subprocess.run([*example("--jsonl_file", file, "--test_split", "0"), *out], env=home, check=True)
+    assert pq.ParquetFile(tmp_path / "out/train.parquet").metadata.num_rows == 3
 
 
-def write_forms(folder: Path, num_rows: int) -> list[str]:
-    """The same rows as parquet (one row group, many), arrow (stream, file), jsonl and json."""
-    rows = [{"id": row, "text": "x" * row} for row in range(num_rows)]
-    table = pa.Table.from_pylist(rows)
-    pq.write_table(table, folder / "one.parquet", row_group_size=num_rows)
-    pq.write_table(table, folder / "many.parquet", row_group_size=50)
-    with pa.ipc.new_stream(folder / "stream.arrow", table.schema) as stream:
-        stream.write_table(table, max_chunksize=70)
-    with pa.ipc.new_file(folder / "file.arrow", table.schema) as file:
-        file.write_table(table, max_chunksize=70)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "rows.json").write_text(json.dumps(rows))
-    return [str(path) for path in sorted(folder.iterdir())]
-
-
-def read_all(files: Sequence[str], jobs: int) -> list[tuple[int, Any]]:
-    return [pair for span in plan_spans(files, jobs) for pair in read_span(span)]
-
-
-@pytest.mark.parametrize("jobs", [1, 3])
-def test_spans_hold_every_row_once_in_order(tmp_path: Path, jobs: int) -> None:
-    for file in write_forms(tmp_path, 333):
-        read = read_all([file], jobs)
-        assert [row for row, _ in read] == list(range(333)), file
-        assert [columns["id"] for _, columns in read] == list(range(333)), file
-        assert read[300][1]["text"] == "x" * 300
-    both = plan_spans([str(tmp_path / "rows.jsonl"), str(tmp_path / "one.parquet")], jobs)
-    assert [span.first_row for span in both].count(0) == 2  # rows are numbered within their file
-    assert all(span.start % ALIGN == 0 for span in both)
-
-
-def test_json_files_may_be_grouped_by_subject_or_keyed_by_id(tmp_path: Path) -> None:
-    file = tmp_path / "scemqa.json"
-    file.write_text(json.dumps({"Math": [{"Question": "a"}, "odd"], "Physics": [{"Question": "b"}]}))
-    (first, odd, last) = (columns for _, columns in read_all([str(file)], 1))
-    assert (first, last) == ({"Subject": "Math", "Question": "a"}, {"Subject": "Physics", "Question": "b"})
-    assert isinstance(odd, BadRowError)
-    file.write_text(json.dumps({"1": {"question": "a"}}))
-    assert read_all([str(file)], 1) == [(0, {"id": "1", "question": "a"})]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "reason"),
-    [
-        ("a.parquet", b"no", "is not parquet"),
-        ("a.arrow", b"no", "is not arrow"),
-        ("a.json", b"{", "is not JSON"),
-        ("a.csv", b"x", "must be one of .parquet"),
-    ],
-)
-def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name}.* {reason}"):
-        plan_spans([str(tmp_path / name)], 1)
+def in_session(session: int) -> list[int]:
+    """Processes of a session that are not dead."""
+    stats = [path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
+    return [int(fields[3]) for fields in stats if int(fields[3]) == session and fields[0] != "Z"]
 
 
 # The split.
-
-
-def keys(questions: Sequence[str], images: Sequence[Sequence[int]]) -> RowKeys:
-    return RowKeys(
-        questions=np.array([question_key(question) for question in questions], np.uint64),
-        images=np.array([key for row in images for key in row], np.uint64),
-        image_counts=np.array([len(row) for row in images], np.int64),
-    )
-
-
-def test_rows_are_tied_by_what_they_share_over_any_detour() -> None:
-    rows = keys(["a", " A ", "b", "c", "", "", "d"], [[1], [2], [2, 3], [3], [4], [5], []])
-    assert components(rows, "either").tolist() == [0, 0, 0, 0, 4, 5, 6]
-    assert components(rows, "image").tolist() == [0, 1, 1, 1, 4, 5, 6]
-    assert components(rows, "question").tolist() == [0, 0, 2, 3, 4, 5, 6]
-
-
-def test_a_long_chain_is_one_component() -> None:
-    """Row i shows pictures i and i + 1: row 0 and the last have nothing in common but the way between them."""
-    order = np.random.default_rng(0).permutation(3000)
-    chain = keys([f"q{row}" for row in order], [[int(row) + 10, int(row) + 11] for row in order])
-    assert set(components(chain, "either").tolist()) == {0}
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_no_question_and_no_picture_is_on_both_sides(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    questions = [f"q{number}" for number in rng.integers(0, 1500, 1000)]
-    images = [rng.integers(1, 4000, rng.integers(0, 3)).tolist() for _ in range(1000)]
-    rows = keys(questions, images)
-    held_out = choose_test(rows, components(rows, "either"), 10, seed)
-    assert 50 <= held_out.sum() <= 100
-    assert not {questions[row] for row in np.flatnonzero(held_out)} & {
-        questions[row] for row in np.flatnonzero(~held_out)
-    }
-    seen = [{key for row in np.flatnonzero(mask) for key in images[row]} for mask in (held_out, ~held_out)]
-    assert not seen[0] & seen[1]
-
-
-def test_the_choice_depends_on_content_and_seed_alone() -> None:
-    questions = [f"q{row}" for row in range(200)]
-    order = np.random.default_rng(1).permutation(200)
-
-    def held_out(rows: Sequence[str], seed: int) -> set[str]:
-        some = keys(rows, [[] for _ in rows])
-        mask = choose_test(some, components(some, "either"), 5, seed)
-        return {rows[row] for row in np.flatnonzero(mask)}
-
-    first = held_out(questions, 0)
-    assert len(first) == 10
-    assert held_out([questions[row] for row in order], 0) == first
-    assert held_out(questions, 1) != first
 
 
 def test_one_question_for_all_pictures_needs_a_split_by_image(tmp_path: Path) -> None:
@@ -347,3 +308,42 @@ def test_rows_of_one_picture_stay_together(tmp_path: Path) -> None:
     sides = [{prompt.images for prompt in prompts_of(tmp_path / "out", split)} for split in ("train", "test")]
     assert (len(sides[0]), len(sides[1])) == (16, 4)
     assert not sides[0] & sides[1]
+
+
+def test_one_picture_in_two_files_stays_together(tmp_path: Path) -> None:
+    """20 pictures, each saved as PNG and as BMP, under 40 questions."""
+    kinds = ["PNG", "BMP"]
+    rows = [
+        {
+            "images": [{"bytes": encoded(picture(20, 20, seed=row // 2), kinds[row % 2])}],
+            "problem": f"<image>{row}?",
+            "answer": "1",
+        }
+        for row in range(40)
+    ]
+    file = tmp_path / "geo.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    done = prepare(options(str(file), format="geometry3k", test_percent=25), tmp_path / "out")
+    sides = [
+        {int(p.meta["question"][:-1]) // 2 for p in prompts_of(tmp_path / "out", split)} for split in ("train", "test")
+    ]
+    assert (done.test_rows, len(sides[1])) == (10, 5)
+    assert not sides[0] & sides[1]
+
+
+def test_something_is_left_to_train_on(tmp_path: Path) -> None:
+    assert prepare(options(mm_eureka(tmp_path / "one", 1)), tmp_path / "out").train_rows == 1
+    done = prepare(options(mm_eureka(tmp_path / "few", 3), test_percent=99), tmp_path / "out3")
+    assert (done.train_rows, done.test_rows) == (1, 2)
+
+
+def test_polymath_asks_in_the_picture_and_is_split_by_it(tmp_path: Path) -> None:
+    rows = [
+        {"image": {"bytes": encoded(picture(20, 20, seed=row))}, "answer_option": "['A', 'B']", "final_answer": "A"}
+        for row in range(20)
+    ]
+    file = str(tmp_path / "polymath.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    command = ["data", "prepare", file, "--format", "polymath", "--jobs", "1", "--output-dir", str(tmp_path / "out")]
+    assert cli.main(command) == 0
+    assert len(rows_of(tmp_path / "out", "test")) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,8 +31,17 @@ def build_prompt(
     answer: str,
     meta: Mapping[str, object],
 ) -> Prompt:
-    """A prompt whose ``<image>`` tags were counted. Raises BadRowError where they are not as many as the images."""
-    tags = sum(message.text.count(IMAGE_TAG) for message in messages)
+    """A prompt whose ``<image>`` tags were counted.
+
+    Raises:
+        BadRowError: tags that are not as many as the images, text that UTF-8 has no bytes for.
+    """
+    texts = [message.text for message in messages]
+    try:
+        json.dumps([*texts, answer, meta], ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise BadRowError(f"the text holds half a character, {error.object[error.start]!r}: it is no UTF-8") from error
+    tags = sum(text.count(IMAGE_TAG) for text in texts)
     if tags != len(images):
         raise BadRowError(f"the prompt has {tags} {IMAGE_TAG} tags but the row has {len(images)} images")
     return Prompt(id=prompt_id, source=source, messages=messages, answer=answer, meta=meta, images=tuple(images))
@@ -114,7 +124,7 @@ def text_of(row: Row, column: str) -> str:
     """A column that must hold text. Raises BadRowError."""
     value = row.get(column)
     if not isinstance(value, str) or not value.strip():
-        raise BadRowError(f"column {column!r} is {value!r}; it must hold the question (columns: {_names(row)})")
+        raise BadRowError(f"column {column!r} is {value!r:.100}; it must hold the question (columns: {_names(row)})")
     return value
 
 
