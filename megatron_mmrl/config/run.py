@@ -19,7 +19,8 @@ class RunConfig:
     num_steps: int | None = None
     """GRPO steps; when unset, ``num_epochs`` passes over the training prompts."""
     num_epochs: int = 1
-    """Used only when ``num_steps`` is unset."""
+    """Used only when ``num_steps`` is unset. Prompts that dynamic sampling asks in addition are not counted: with it, a
+    run makes so many times the steps of one pass and sees more of the data."""
     resume: Literal["auto", "never"] = "never"
     """``auto``: continue from the last whole checkpoint in ``output_dir``, start afresh when there is none."""
     evaluate_every: int = 0

@@ -23,6 +23,8 @@ from megatron_mmrl.rewards.mathematics import (
 )
 from megatron_mmrl.types import Prompt
 
+_SHORT_CHARS = 64  # of an answer that any regular expression here reads in no time
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy:
@@ -64,18 +66,25 @@ class Accuracy:
         """See the class."""
         if (legacy := original(ACCURACY, self.legacy)) is not None:
             return legacy(prompt.answer, response_text)
-        tags = [place for place in self.places if place not in (BOXED, TEXT)]
-        if self.only_block and not all(is_only_block(response_text, tag) for tag in tags):
-            return 0.0
-        found = find_answer(response_text, self.places)
+        found = self._found(response_text)
         return float(found is not None and self._right(found, self._gold(prompt), prompt))
+
+    def at_once(self, prompt: Prompt, response_text: str) -> float | None:
+        """The value where it takes no parser and no longer than reading the text, whatever that holds; else None."""
+        if original(ACCURACY, self.legacy) is not None or prompt.meta.get("choices"):
+            return None
+        found, gold = self._found(response_text), self._gold(prompt)
+        if found is None:
+            return 0.0
+        right = self._told(found, gold, prompt) if max(len(found.text), len(gold)) <= _SHORT_CHARS else None
+        return None if right is None else float(right)
 
     def accepts(self, prompt: Prompt) -> bool:
         """Whether anything can be compared with the gold answer. Rows where nothing can are dropped and counted."""
         if original(ACCURACY, self.legacy) is not None:
             return True  # the originals reward what they cannot parse
         gold = self._gold(prompt)
-        options = options_of(prompt.meta, gold) if self.multiple_choice else None
+        options = self._options(gold, prompt)
         if options is not None and read_choice(gold, options) is not None:
             return True
         return bool(gold) if self.string else _is_mathematics(gold)
@@ -85,18 +94,38 @@ class Accuracy:
         tagged = find_answer(prompt.answer, [place for place in self.places if place != TEXT])
         return tagged.text if tagged else prompt.answer.strip()
 
+    def _found(self, text: str) -> Found | None:
+        tags = [place for place in self.places if place not in (BOXED, TEXT)]
+        if self.only_block and not all(is_only_block(text, tag) for tag in tags):
+            return None
+        return find_answer(text, self.places)
+
     def _right(self, found: Found, gold: str, prompt: Prompt) -> bool:
+        told = self._told(found, gold, prompt)
+        if told is not None:
+            return told
+        answer = found.text
+        options = self._options(gold, prompt)
+        if options is not None:
+            gold = _option(options, read_choice(gold, options), gold)
+            answer = _option(options, _named(found, options), answer)
+        return self._equal(gold, answer, delimited=found.delimited, words=options is not None)
+
+    def _told(self, found: Found, gold: str, prompt: Prompt) -> bool | None:
+        """What can be said without math-verify: equal strings, choices, plain numbers."""
         answer = found.text
         if found.delimited and answer == gold and (self.string or plain_number(gold) is not None):
             return bool(gold)
-        options = options_of(prompt.meta, gold) if self.multiple_choice else None
+        options = self._options(gold, prompt)
         if options is not None:
-            named = read_choice(answer, options) if found.delimited else _choice_in(answer, options)
-            wanted = read_choice(gold, options)
-            if named is not None and wanted is not None:
-                return named == wanted
-            gold, answer = _option(options, wanted, gold), _option(options, named, answer)
-        return self._equal(gold, answer, delimited=found.delimited, words=options is not None)
+            named, wanted = _named(found, options), read_choice(gold, options)
+            return None if named is None or wanted is None else named == wanted
+        if found.delimited and len(answer) <= self.max_answer_chars:
+            return same_plain_numbers(gold, answer)
+        return None
+
+    def _options(self, gold: str, prompt: Prompt) -> list[str] | None:
+        return options_of(prompt.meta, gold) if self.multiple_choice else None
 
     def _equal(self, gold: str, answer: str, *, delimited: bool, words: bool) -> bool:
         """As strings where that is asked for, else as mathematics."""
@@ -122,6 +151,12 @@ class Boxed:
         if find_answer(response_text, (BOXED,)) is None:
             return -1.0
         return self._accuracy()(prompt, response_text)
+
+    def at_once(self, prompt: Prompt, response_text: str) -> float | None:
+        """See ``Accuracy.at_once``."""
+        if find_answer(response_text, (BOXED,)) is None:
+            return -1.0
+        return self._accuracy().at_once(prompt, response_text)
 
     def accepts(self, prompt: Prompt) -> bool:
         """See ``Accuracy.accepts``."""
@@ -152,9 +187,10 @@ def _is_mathematics(gold: str) -> bool:
     return plain_number(gold) is not None or bool(parse_gold(gold))
 
 
-def _choice_in(text: str, options: Sequence[str]) -> int | None:
-    named = read_choice(text, options)
-    return stated_choice(text, options) if named is None else named
+def _named(found: Found, options: Sequence[str]) -> int | None:
+    """The option that the answer names, or that the text it stands in says to be it."""
+    named = read_choice(found.text, options)
+    return stated_choice(found.text, options) if named is None and not found.delimited else named
 
 
 def _option(options: Sequence[str], index: int | None, text: str) -> str:

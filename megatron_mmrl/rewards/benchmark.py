@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from megatron_mmrl.rewards.accuracy import Accuracy
-from megatron_mmrl.rewards.extract import Found
+from megatron_mmrl.rewards.choices import read_choice, same_words
+from megatron_mmrl.rewards.extract import BOXED, TEXT, Found, all_boxed, find_answer
 from megatron_mmrl.rewards.mathematics import parse_answer, parse_text
 from megatron_mmrl.types import Prompt
 
 _SLACK = 1.01  # of a tolerance, as in OlympiadBench's own judge
 _DECORATION = re.compile(r"\\(?:text|mathrm|mathbf)\s*\{~?([^{}]*)\}|\\[,;!]|\^\\circ|\^\{\\circ\}|[$%\u00b0]")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?:\D|$))")
+_WORDS = re.compile(r"\\(?:text|textbf|mathrm)\s*\{([^{}]*)\}")
 _JOINED = re.compile(r"[,;]|\band\b|\bor\b")
 _OPEN, _CLOSE = "([{", ")]}"
 
@@ -24,10 +26,11 @@ _OPEN, _CLOSE = "([{", ")]}"
 class Benchmark(Accuracy):
     """``Accuracy``, and what the row's own columns say about its answer:
 
-    * ``precision`` (MathVista): a number counts when it equals the gold answer after rounding to so many decimals; with
-      ``answer_type: integer`` its fraction is cut off first.
+    * ``precision`` (MathVista): a number counts when it equals the gold answer after rounding to so many decimals.
+    * ``answer_type: integer`` (MathVista): a number counts when it does once its fraction is cut off.
     * ``tolerance`` (OlympiadBench): a number counts when it is no farther than this from the gold answer.
-    * ``answers`` (OlympiadBench): each of several must be given once, in any order.
+    * ``answers`` (OlympiadBench): each of several must be given once, in any order, in one box or in a box each.
+    * words in ``\\text{}`` (MATH-500): count without it, and in any case.
 
     No question is left out: one whose gold answer nothing can be compared with counts as answered wrongly.
     """
@@ -47,13 +50,32 @@ class Benchmark(Accuracy):
         """See the class."""
         return True
 
+    def at_once(self, prompt: Prompt, response_text: str) -> float | None:
+        """Never: the row's rules have a say after what ``Accuracy`` can tell."""
+        return None
+
+    def __call__(self, prompt: Prompt, response_text: str) -> float:
+        """See the class."""
+        if Accuracy.__call__(self, prompt, response_text):
+            return 1.0
+        answers = _answers(prompt)
+        if len(answers) < 2 or BOXED not in self.places or self._tagged(response_text):
+            return 0.0
+        boxes = all_boxed(response_text)[-len(answers) :]
+        return float(_all_given(answers, [part for box in boxes for part in _parts(box)], prompt.meta))
+
+    def _tagged(self, response_text: str) -> bool:
+        tags = [place for place in self.places if place not in (BOXED, TEXT)]
+        return find_answer(response_text, tags) is not None
+
     def _right(self, found: Found, gold: str, prompt: Prompt) -> bool:
         meta = prompt.meta
-        answers = meta.get("answers")
-        if isinstance(answers, list) and len(answers) > 1:
-            return _all_given([str(answer) for answer in answers], _parts(found.text), meta)
-        if isinstance(answers, list) and answers:
-            gold = str(answers[0])
+        answers = _answers(prompt)
+        if len(answers) > 1:
+            return _all_given(answers, _parts(found.text), meta)
+        gold = answers[0] if answers else gold
+        if found.delimited and _is_word(gold, found.text):
+            return True
         if Accuracy._right(self, found, gold, prompt):  # a slotted dataclass is made twice: super() knows the first
             return True
         value = number(found.text, delimited=found.delimited, unit=meta.get("unit"))
@@ -75,6 +97,20 @@ def number(text: str, *, delimited: bool = True, unit: object = None) -> float |
     return value if math.isfinite(value) else None
 
 
+def _answers(prompt: Prompt) -> list[str]:
+    answers = prompt.meta.get("answers")
+    return [str(answer) for answer in answers] if isinstance(answers, list) else []
+
+
+def _is_word(gold: str, answer: str) -> bool:
+    r"""Whether ``answer`` is the word, or the option's letter, that a gold answer such as ``\text{(C)}`` wraps."""
+    words = _WORDS.fullmatch(gold.strip("$ "))
+    if words is None:
+        return False
+    letter = re.fullmatch(r"\(?([A-Z])\)?", words[1].strip())
+    return same_words(words[1], answer) or (letter is not None and read_choice(answer, ()) == ord(letter[1]) - ord("A"))
+
+
 def _near(gold: float | None, value: float, meta: Mapping[str, object], index: int) -> bool:
     if gold is None:
         return False
@@ -83,9 +119,9 @@ def _near(gold: float | None, value: float, meta: Mapping[str, object], index: i
         tolerance = tolerance[index] if index < len(tolerance) else None
     if isinstance(tolerance, int | float):
         return abs(gold - value) <= tolerance * _SLACK
+    value = math.trunc(value) if meta.get("answer_type") == "integer" else value
     precision = meta.get("precision")
     if isinstance(precision, int | float) and not isinstance(precision, bool):
-        value = math.trunc(value) if meta.get("answer_type") == "integer" else value
         return round(value, int(precision)) == round(gold, int(precision))
     return value == gold
 

@@ -71,8 +71,9 @@ class Dispatcher:
         with self._lock:
             if self._closing or self._bell is None:
                 raise RuntimeError(f"the worker processes are closed: {self._reason}")
+            if questions and not self._asked:  # else it was rung, and they are not seen yet
+                self._ring()
             self._asked.extend(zip(questions, futures, strict=True))
-            self._ring()
         return futures
 
     def close(self) -> None:

@@ -59,12 +59,19 @@ def is_only_block(text: str, tag: str) -> bool:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The stripped inside of the last complete ``\boxed{...}`` or ``\fbox{...}``, braces inside it included, or None.
+    r"""The last of ``all_boxed``, or None."""
+    boxes = all_boxed(text)
+    return boxes[-1] if boxes else None
+
+
+def all_boxed(text: str) -> list[str]:
+    r"""The stripped insides of every complete ``\boxed{...}`` or ``\fbox{...}`` that stands in no other one, in order,
+    with the braces inside it.
 
     One pass, whatever is left open: a response may be cut inside a box, or hold thousands of them.
     """
     stack: list[int | None] = []  # where the inside of an open box begins, None for any other brace
-    found: tuple[int, int] | None = None
+    found: list[tuple[int, int]] = []
     for token in _BRACES.finditer(text):
         if token["open"]:
             stack.append(token.end())
@@ -72,8 +79,10 @@ def last_boxed(text: str) -> str | None:
             stack.append(None)
         elif token["close"] and stack:
             start = stack.pop()
-            found = (start, token.start()) if start is not None else found
-    return text[found[0] : found[1]].strip() if found else None
+            while start is not None and found and found[-1][0] > start:
+                found.pop()  # a box within this one
+            found += [(start, token.start())] if start is not None else []
+    return [text[start:end].strip() for start, end in found]
 
 
 def _after_open_tag(text: str, places: Sequence[str]) -> str:

@@ -48,6 +48,10 @@ class Format:
             return float(sum(blocks))
         return float(all(blocks) and self._in_order(response_text))
 
+    def at_once(self, prompt: Prompt, response_text: str) -> float | None:
+        """The value, which takes time in proportion to the text; None for an original, which may take more."""
+        return self(prompt, response_text) if original(FORMAT, self.legacy) is None else None
+
     def _in_order(self, text: str) -> bool:
         inside = ".*" if self.allow_empty else ".+"
         around = r"\s*" if self.strict else ".*"

@@ -28,6 +28,8 @@ class SoftOverlong:
         free = self.max_tokens - self.cache_tokens
         return max(-1.0, min(0.0, (free - response_tokens) / self.cache_tokens))
 
+    at_once = __call__
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Length:
@@ -47,6 +49,8 @@ class Length:
         """See the class."""
         share = (response_tokens - self.min_tokens) / (self.max_tokens - self.min_tokens)
         return max(0.0, min(1.0, share))
+
+    at_once = __call__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,3 +76,5 @@ class Repetition:
         if not ngrams:
             return 0.0
         return self.max_penalty * (1.0 - len(set(ngrams)) / len(ngrams))
+
+    at_once = __call__

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from latex2sympy2_extended.latex2sympy2 import PSParser
     from sympy import Basic, MatrixBase
 
     Expressions = list[Basic | MatrixBase]
@@ -64,6 +65,44 @@ def parse_answer(answer: str) -> Expressions:
         return []
     as_it_is = _DELIMITED.search(answer) or _WORD.search(_ENVIRONMENT.sub("", answer))
     return parse_text(answer if as_it_is else f"${answer}$")
+
+
+def hurry_latex_parser() -> None:
+    """Let latex2sympy, which math-verify parses with, read in two stages from now on. Not for a process of others'.
+
+    Its grammar makes ANTLR look at the context of the calling rules in nearly every expression, and the states of that
+    are not kept (latex2sympy2-extended 1.11.0, antlr4 4.13.2): a fifth of all scoring. Read without the context first,
+    and with it where that ends in an error, a text gives the same tree: ANTLR's documentation of
+    ``PredictionMode.SLL`` says why. Safe to call again.
+    """
+    from antlr4.atn.PredictionMode import PredictionMode
+    from antlr4.error.Errors import ParseCancellationException
+    from antlr4.error.ErrorStrategy import BailErrorStrategy
+    from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
+
+    if _slow_parsers:
+        return
+    slow = _Latex2Sympy.create_parser
+    _slow_parsers.append(slow)
+
+    def create_parser(self: _Latex2Sympy, latex: str) -> PSParser:
+        parser = slow(self, latex)
+        parser._interp.predictionMode, parser._errHandler = PredictionMode.SLL, BailErrorStrategy()
+        read = parser.math
+
+        def math() -> PSParser.MathContext:
+            try:
+                return read()
+            except ParseCancellationException:
+                return slow(self, latex).math()
+
+        parser.math = math
+        return parser
+
+    _Latex2Sympy.create_parser = create_parser
+
+
+_slow_parsers: list[object] = []  # what was replaced, once it was
 
 
 def parse_text(text: str) -> Expressions:

@@ -2,7 +2,7 @@
 
 ``submit`` hands a group over and returns, ``score`` collects: what is submitted while other completions are still
 being generated is scored by then. A verdict belongs to a question and a text, not to a call, so it does not matter who
-submits what, in which order, or how often.
+submits what, in which order, or how often. What every term can tell as fast as the text is read needs no process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_mmrl.config.reward import RewardConfig
 from megatron_mmrl.rewards.compose import compose, zero_score
 from megatron_mmrl.rewards.dispatch import Dispatcher
 from megatron_mmrl.rewards.process import Reply, WorkerSpec
-from megatron_mmrl.rewards.registry import check_reward_name, reads_gold, reads_meta, reads_tokens
+from megatron_mmrl.rewards.registry import build_shortcut, check_reward_name, reads_gold, reads_meta, reads_tokens
 from megatron_mmrl.types import Group, Prompt, Response, Score
 
 _CACHE_SIZE = 1 << 16
@@ -51,6 +51,7 @@ class RewardPool:
             check_reward_name(term.name)
         self._config = config
         self._weights = {term.key: term.weight for term in config.terms}
+        self._shortcuts = {term.key: build_shortcut(term.name, term.kwargs) for term in config.terms}
         read = [reads_meta(term.name) for term in config.terms]
         self._all_of_prompt_matters = None in read
         self._meta_keys = sorted({key for keys in read for key in keys or ()})
@@ -77,20 +78,12 @@ class RewardPool:
         Raises:
             RuntimeError: the pool is closed.
         """
-        questions: dict[bytes, dict[str, object]] = {}
-        for response in group.responses:
-            key = self._key(group.prompt.prompt, response)
-            if len(response.text) <= self._config.max_response_chars:
-                questions[key] = _question(group.prompt.prompt, response)
-        with self._lock:
-            new = [key for key in questions if key not in self._verdicts and key not in self._asked]
-            self._asked |= zip(new, self._dispatcher.submit([questions[key] for key in new]), strict=True)
+        self._submit(group)
 
     def has(self, group: Group) -> bool:
         """Whether every response of the group was submitted here, and what came of it is at hand or on its way."""
-        keys = [self._key(group.prompt.prompt, response) for response in group.responses]
         with self._lock:
-            return all(key in self._verdicts or key in self._asked for key in keys)
+            return all(key in self._verdicts or key in self._asked for key in self._keys(group))
 
     def score(self, groups: Sequence[Group]) -> list[Group]:
         """The groups, in order, with a Score for each response.
@@ -99,9 +92,7 @@ class RewardPool:
         whose scoring passes ``timeout_s``, raises, ends the worker or gives something other than a finite number has
         every term 0 and ``Score.error``; so has one longer than ``max_response_chars``, which no reward gets to see.
         """
-        for group in groups:
-            self.submit(group)
-        keys = [[self._key(group.prompt.prompt, response) for response in group.responses] for group in groups]
+        keys = [self._submit(group) for group in groups]
         self._collect([key for group_keys in keys for key in group_keys])
         scored = [
             group.with_scores(tuple(self._look_up(*pair) for pair in zip(group.responses, group_keys, strict=True)))
@@ -146,6 +137,32 @@ class RewardPool:
     def close(self) -> None:
         """End the workers; safe to call twice."""
         self._dispatcher.close()
+
+    def _submit(self, group: Group) -> list[bytes]:
+        """What can be told at once becomes a verdict, the rest is asked of the workers; the keys of all."""
+        prompt, keys, limit = group.prompt.prompt, self._keys(group), self._config.max_response_chars
+        questions: dict[bytes, dict[str, object]] = {}
+        with self._lock:
+            for key, response in zip(keys, group.responses, strict=True):
+                if len(response.text) > limit or key in self._verdicts or key in self._asked:
+                    continue
+                terms = self._at_once(prompt, response)
+                if terms is None:
+                    questions[key] = _question(prompt, response)
+                else:
+                    self._verdicts[key] = _Verdict(score=compose(terms, self._weights))
+            self._asked |= zip(questions, self._dispatcher.submit(list(questions.values())), strict=True)
+        return keys
+
+    def _at_once(self, prompt: Prompt, response: Response) -> dict[str, float] | None:
+        """All terms' values where none of them needs a worker."""
+        terms = {}
+        for key, shortcut in self._shortcuts.items():
+            value = None if shortcut is None else shortcut(prompt, response)
+            if value is None:
+                return None
+            terms[key] = value
+        return terms
 
     def _collect(self, keys: Sequence[bytes]) -> None:
         """Wait for what was asked of ``keys`` and keep it as verdicts.
@@ -192,12 +209,15 @@ class RewardPool:
         score = zero_score(self._weights, reply.error or f"unexpected reply {reply.value!r}")
         return _Verdict(score=score, late=reply.timed_out, lasting=reply.was_busy or (again and reply.timed_out))
 
-    def _key(self, prompt: Prompt, response: Response) -> bytes:
+    def _keys(self, group: Group) -> list[bytes]:
         """Built-in terms read the gold answer and little else; a user's may read all of the prompt."""
+        prompt = group.prompt.prompt
         question = prompt.id if self._all_of_prompt_matters else self._gold_key(prompt)
-        length = f"{len(response.ids)} {response.finish}" if self._length_matters else ""
-        text = f"{len(question)}:{question}{length}:{response.text}"
-        return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        texts = []
+        for response in group.responses:
+            length = f"{len(response.ids)} {response.finish}" if self._length_matters else ""
+            texts.append(f"{len(question)}:{question}{length}:{response.text}")
+        return [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts]
 
     def _gold_key(self, prompt: Prompt) -> str:
         return json.dumps([prompt.answer, *(prompt.meta.get(key) for key in self._meta_keys)], default=str)

@@ -1,8 +1,9 @@
 """Reward terms by name: built in, or a user's as ``package.module:function`` or ``path/to/file.py:function``.
 
 A built-in term is a class whose fields are the term's kwargs and whose instances are called with (prompt,
-response_text), and with ``response_tokens`` where they ask for it. To add one of your own, write it in one of the forms
-of ``forms.py`` and name it in ``reward.terms``; nothing has to be registered.
+response_text), and with ``response_tokens`` where they ask for it. Its ``at_once``, where it has one, is called so too,
+but outside the workers: it gives the value if that takes no longer than reading the text, else None. To add one of your
+own, write it in one of the forms of ``forms.py`` and name it in ``reward.terms``; nothing has to be registered.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from megatron_mmrl.rewards.format import Format
 from megatron_mmrl.rewards.forms import Term, adapt
 from megatron_mmrl.rewards.lengths import Length, Repetition, SoftOverlong
 from megatron_mmrl.rewards.plugins import check_plugin_file, is_plugin_name, load_plugin
-from megatron_mmrl.types import Prompt
+from megatron_mmrl.types import Prompt, Response
+
+Shortcut = Callable[[Prompt, Response], float | None]
+"""A term's value where it takes no longer than reading the text, else None."""
 
 REWARDS: dict[str, type[Any]] = {
     "accuracy": Accuracy,
@@ -55,6 +59,20 @@ def build_term(name: str, kwargs: Mapping[str, object]) -> Term:
     """
     check_reward_name(name)
     return adapt(name, _built_in(name, kwargs), {}) if name in REWARDS else adapt(name, load_plugin(name), kwargs)
+
+
+def build_shortcut(name: str, kwargs: Mapping[str, object]) -> Shortcut | None:
+    """What may give the term's value without a worker; None for terms that always need one.
+
+    Raises:
+        ValueError: kwargs that it does not take.
+    """
+    if not hasattr(REWARDS.get(name), "at_once"):
+        return None
+    at_once = _built_in(name, kwargs).at_once
+    if not reads_tokens(name):
+        return lambda prompt, response: at_once(prompt, response.text)
+    return lambda prompt, response: at_once(prompt, response.text, response_tokens=len(response.ids))
 
 
 def build_gold_check(name: str, kwargs: Mapping[str, object]) -> Callable[[Prompt], bool] | None:

@@ -19,6 +19,7 @@ from typing import IO, Any
 from megatron_mmrl.lifetime import die_with_parent
 from megatron_mmrl.rewards.accuracy import is_equal
 from megatron_mmrl.rewards.forms import Sample, Term
+from megatron_mmrl.rewards.mathematics import hurry_latex_parser
 from megatron_mmrl.rewards.registry import build_gold_check, build_term
 from megatron_mmrl.types import Message, Prompt
 
@@ -85,6 +86,7 @@ def _prompt(fields: Mapping) -> Prompt:
 
 def _warm_up() -> None:
     """Import math-verify and build its grammars now, so that the first response does not pay for it."""
+    hurry_latex_parser()
     if not is_equal(r"\frac{1}{2}", "0.5"):
         raise RuntimeError("math-verify does not find 1/2 equal to 0.5; is the pinned version installed?")
 

@@ -12,7 +12,7 @@ import torch
 from megatron_mmrl.algorithms.aggregate import fixed_length, sequence_mean_of, sequence_numbers
 from megatron_mmrl.algorithms.corrections import sequences_within_bounds, within_bounds
 from megatron_mmrl.algorithms.kl import k2, k3, k3_unbiased
-from megatron_mmrl.algorithms.losses import LossFn, policy_loss
+from megatron_mmrl.algorithms.losses import LossFn, LossInputs, policy_loss
 from megatron_mmrl.algorithms.registry import build_algorithm
 from megatron_mmrl.algorithms.surrogates import clipped_surrogate, detached_surrogate, sequence_log_ratio
 from megatron_mmrl.config.algorithm import AlgorithmConfig
@@ -117,12 +117,16 @@ def test_unbiased_kl_has_the_value_of_k3_and_the_gradient_of_k2() -> None:
     assert (gradients[k3] - true).abs().max() > 0.01  # k3 as a loss does not descend the KL
 
 
+def one_advantage_each(inputs: LossInputs) -> LossInputs:
+    """As GSPO has it: one advantage for a response."""
+    return replace(inputs, advantages=inputs.advantages[torch.from_numpy(BOUNDS[:-1])][inputs.sequence])
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_value_and_gradient_are_those_of_the_plain_formula(name: str) -> None:
     ours, plain = random_inputs(), random_inputs()
-    if VARIANTS[name].name == "gspo":  # the paper's: one advantage for a response
-        one = ours.advantages[torch.from_numpy(BOUNDS[:-1])][ours.sequence]
-        ours, plain = replace(ours, advantages=one), replace(plain, advantages=one)
+    if VARIANTS[name].name == "gspo":
+        ours, plain = one_advantage_each(ours), one_advantage_each(plain)
     ours.entropy.requires_grad_(), plain.entropy.requires_grad_()
     out = loss_of(name)(ours, int(ours.loss_mask.sum()), 4)
     expected = plain_loss(plain, VARIANTS[name])
@@ -136,13 +140,15 @@ def test_value_and_gradient_are_those_of_the_plain_formula(name: str) -> None:
     assert all(getattr(ours, other).grad is None for other in ("old_logprobs", "ref_logprobs", "rollout_logprobs"))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+# Stop-gradients make these two: their gradient is not that of their value. The plain formulas above are their check.
+DETACHED = ("cispo", "k3_unbiased")
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in DETACHED])
 def test_the_bounds_are_where_finite_differences_say(name: str) -> None:
-    """Autograd against the loss itself: (L(x + h) - L(x - h)) / 2h, where nothing is taken for a constant."""
-    config = VARIANTS[name]
-    if config.name in ("gspo", "cispo") or config.kl_estimator == "k3_unbiased":
-        return  # stop-gradients are what these are made of: the plain formula above is their check
+    """Autograd against the loss itself: (L(x + h) - L(x - h)) / 2h; GSPO's tokens add up to the gradient of s_i."""
     inputs = random_inputs(seed=3)
+    inputs = one_advantage_each(inputs) if name == "gspo" else inputs
     loss = loss_of(name)
     loss(inputs, 9, 4).loss.backward()
     for token in inputs.loss_mask.nonzero().flatten().tolist():

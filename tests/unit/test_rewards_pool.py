@@ -220,6 +220,16 @@ def test_math_verify_that_never_ends_is_killed(math_pool: RewardPool) -> None:
     assert math_pool.counters()["reward/timeouts"] == 1.0
 
 
+def test_what_can_be_told_at_once_needs_no_worker() -> None:
+    texts = [f"<think>{n}</think><answer>{answer}</answer>" for n, answer in enumerate(["7", "14/2", "8", "7.0"])]
+    with RewardPool(RewardConfig()) as pool:
+        os.kill(pool.worker_pids[0], signal.SIGSTOP)  # it answers nothing any more
+        assert [score.total for score in scores_of(pool, [*texts, "7", ""])] == [1.0, 1.0, 0.1, 1.0, 0.0, 0.0]
+        assert pool.counters() == {"reward/timeouts": 0.0, "reward/errors": 0.0}
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.submit(group(["<answer>7</answer>"]))
+
+
 def test_no_groups(math_pool: RewardPool) -> None:
     assert math_pool.score([]) == []
     assert math_pool.score([group([])])[0].scores == ()

@@ -8,10 +8,14 @@ import re
 from collections.abc import Iterator
 
 import pytest
+from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
 
 from megatron_mmrl.config.reward import RewardConfig, RewardTerm
-from megatron_mmrl.rewards.mathematics import plain_number
+from megatron_mmrl.rewards import mathematics
+from megatron_mmrl.rewards.mathematics import hurry_latex_parser, parse_answer, plain_number
 from megatron_mmrl.rewards.pool import RewardPool
+from megatron_mmrl.rewards.registry import REWARDS
+from megatron_mmrl.types import Prompt
 from tests.unit.reward_pairs import PAIRS
 from tests.unit.test_rewards_pool import group
 
@@ -82,6 +86,51 @@ def test_plain_numbers_are_compared_as_math_verify_does(pool: RewardPool) -> Non
     pairs += [(number, number.rstrip("0") if "." in number else f"{number}.0") for number in numbers]
     pairs = [(gold, answer) for gold, answer in pairs if plain_number(gold) is not None]
     assert verdicts(pool, pairs) == [serial(gold, answer) for gold, answer in pairs]
+
+
+SHORTCUTS = [
+    ("accuracy", {}),
+    ("accuracy", {"extract": ["answer", "text"]}),
+    ("accuracy", {"string": True, "max_answer_chars": 3}),
+    ("accuracy", {"multiple_choice": False, "only_block": True}),
+    ("boxed", {}),
+    ("benchmark", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs"), SHORTCUTS)
+def test_what_is_told_at_once_is_what_the_term_says(name: str, kwargs: dict) -> None:
+    term, told = REWARDS[name](**kwargs), 0
+    answers = ["7", "7.0", "07", "14/2", "\\frac{7}{1}", "8", "B", "(b)", "b.", "C", "the answer is B", "x", "", "0.5"]
+    for gold in ["7", "1/2", "B", "x^2", "cat", "", "<answer>7</answer>", "\\boxed{7}", "1" * 70]:
+        for answer in [*answers, gold, "1" * 70]:
+            for text in (
+                f"<answer>{answer}</answer>",
+                f"\\boxed{{{answer}}}",
+                f"so it is {answer}",
+                f"<answer>{answer}",
+            ):
+                for meta in ({}, {"choices": ["6", "7", "8"]}, {"answers": ["7"]}):
+                    prompt = Prompt(id="p", source="s", messages=(), images=(), answer=gold, meta=meta)
+                    value = term.at_once(prompt, text)
+                    assert value in (None, term(prompt, text)), (gold, text, meta)
+                    told += value is not None
+    assert (told == 0) == (name == "benchmark")
+
+
+def test_a_parser_in_two_stages_reads_what_a_parser_in_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = sorted({text for pair in PAIRS for text in pair})
+    expected = [repr(parse_answer(text)) for text in texts]
+    one_stage, stages = _Latex2Sympy.create_parser, []
+    monkeypatch.setattr(_Latex2Sympy, "create_parser", lambda *args: stages.append(args) or one_stage(*args))
+    monkeypatch.setattr(mathematics, "_slow_parsers", [])
+    hurry_latex_parser()
+    hurry_latex_parser()  # nothing more
+    assert [repr(parse_answer(text)) for text in texts] == expected
+    for text, needed in (("(1,40)", 1), ("x=40", 1), ("x^2+40", 2), ("x_1+40", 2)):
+        stages.clear()
+        assert parse_answer(text) != []
+        assert len(stages) == needed, text
 
 
 def test_a_hang_costs_its_limit_once() -> None:
