@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_mmrl.checkpoint.manifest import STATE_FILE
 from megatron_mmrl.checkpoint.output_dir import LOG_DIR
 from megatron_mmrl.cluster.failure import run_rank
 from megatron_mmrl.commands.evaluate import add_arguments, checked
 from megatron_mmrl.config import Config, ConfigError
-from megatron_mmrl.metrics.evaluation import AnswersFile, print_table
-from megatron_mmrl.metrics.pass_at_k import Tally, as_json, default_ks, pass_at_1, report
+from megatron_mmrl.metrics.evaluation import AnswersFile, columns_of_none, print_table
+from megatron_mmrl.metrics.pass_at_k import Row, Tally, as_json, default_ks, pass_at_1, report
 from megatron_mmrl.metrics.progress import Progress
 
 if TYPE_CHECKING:
@@ -145,29 +146,26 @@ def _tally(group: Group, term: str, by: Sequence[str], file: AnswersFile | None)
     return Tally(num_samples=len(correct), num_correct=sum(correct), columns=columns)
 
 
-def _show(result: Mapping[str, object], title: str, rows: Sequence[object]) -> None:
+def _show(result: Mapping[str, object], title: str, rows: Sequence[Row]) -> None:
     left_out = result["left_out"]
     if left_out:
         name, reason = next(iter(left_out.items()))
         print(f"{len(left_out)} questions were left out; the first is {name}: {reason}")
     print_table(title, rows, sys.stdout)
+    for column in columns_of_none(rows):
+        print(f"--by {column}: no question has this column; docs/evaluation.md names those of the evaluation sets")
     print(json.dumps(result, ensure_ascii=False), flush=True)
 
 
 def _load(machine: Machinery, checkpoint: Path) -> None:
-    from megatron_mmrl.checkpoint.state import STATE_FILE, load_weights
+    from megatron_mmrl.checkpoint.state import load_weights
     from megatron_mmrl.models.registry import load_checkpoint, open_checkpoint
 
     chunks = machine.policy.chunks
     if (checkpoint / STATE_FILE).is_file():
         load_weights(checkpoint, chunks)
-    elif (checkpoint / "config.json").is_file():
-        load_checkpoint([chunk.module for chunk in chunks], open_checkpoint(checkpoint))
     else:
-        raise ConfigError(
-            f"--checkpoint {checkpoint} is neither a step of a run ({STATE_FILE} is missing) nor a Hugging Face "
-            "or converted Megatron checkpoint (config.json is missing)"
-        )
+        load_checkpoint([chunk.module for chunk in chunks], open_checkpoint(checkpoint))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/bin/sh
 # sh examples/mathvista_dr_grpo/prepare.sh FILE ... [option ...]
 set -eu
-cd "$(dirname "$0")/../.."
-mmrl data prepare --format mathvista --test-split 0 --output-dir data/mathvista "$@"
+root=$(cd "$(dirname "$0")/../.." && pwd)
+mmrl data prepare --format mathvista --test-split 0 --output-dir "$root/data/mathvista" "$@"

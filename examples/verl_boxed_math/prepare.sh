@@ -1,20 +1,21 @@
 #!/bin/sh
-# sh examples/verl_boxed_math/prepare.sh RAW   the directory that holds geometry3k, mathvision, polymath, scemqa and wemath
-set -eu
-cd "$(dirname "$0")/../.."
-raw=$1
-out=data/verl_boxed_math
-prepare() {  # format, options and files ...
+# sh examples/verl_boxed_math/prepare.sh RAW [option ...]   RAW holds geometry3k, mathvision, polymath, scemqa and wemath
+set -euf
+raw=${1:?"name the directory that holds geometry3k, mathvision, polymath, scemqa and wemath: sh $0 RAW"}
+shift
+out=$(cd "$(dirname "$0")/../.." && pwd)/data/verl_boxed_math
+IFS='
+' # a file's name may have spaces
+prepare() { # format, pattern of its files' names, options ...
     format=$1
-    shift
-    mmrl data prepare "$@" --format "$format" --image-root "$raw" --output-dir "$out/$format"
+    files=$(find "$raw/$format" -name "$2" | sort)
+    : "${files:?none called $2 below $raw/$format}"
+    shift 2
+    # shellcheck disable=SC2086  # one word for each file
+    mmrl data prepare --format "$format" --image-root "$raw" --output-dir "$out/$format" "$@" $files
 }
-parquet() { find "$raw/$1" -name "$2*.parquet" | sort; }
-# shellcheck disable=SC2046  # one word per file
-{
-    prepare geometry3k $(parquet geometry3k train)
-    prepare mathvision $(parquet mathvision "test-")
-    prepare polymath --split-by image $(parquet polymath "")  # its questions stand in the pictures
-    prepare scemqa $(find "$raw/scemqa" -name "*.json" | sort)
-    prepare wemath $(parquet wemath "")
-}
+prepare geometry3k "train*.parquet" "$@"
+prepare mathvision "test-*.parquet" "$@"
+prepare polymath "*.parquet" --split-by image "$@" # its questions stand in the pictures
+prepare scemqa "*.json" "$@"
+prepare wemath "*.parquet" "$@"

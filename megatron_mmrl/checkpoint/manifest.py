@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 MANIFEST_FILE = "manifest.json"
+STATE_FILE = "state.json"  # layout, random generators and the caller's own facts
 FORMAT = 1
 _CHUNK_BYTES = 16 << 20
 

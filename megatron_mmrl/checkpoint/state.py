@@ -19,7 +19,7 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from megatron_mmrl.checkpoint.manifest import CheckpointError
+from megatron_mmrl.checkpoint.manifest import STATE_FILE, CheckpointError
 from megatron_mmrl.checkpoint.rng import restore_rng, rng_json, rng_tensors
 from megatron_mmrl.checkpoint.tensors import TensorFile, open_tensors, write_tensors
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     import torch
     from megatron.core.distributed import DistributedDataParallel
 
-STATE_FILE = "state.json"
 _MAIN = "main"  # the float32 weights that the optimizer updates; other keys are the optimizer's own
 
 

@@ -15,6 +15,8 @@ from megatron_mmrl.data.template import template_of
 from megatron_mmrl.parallel.layout import check_layout
 from megatron_mmrl.rewards.check import check_rewards
 
+_RAW = (".json", ".jsonl", ".ndjson", ".csv", ".arrow")  # what ``mmrl data prepare`` reads besides parquet
+
 
 def preflight(config: Config, *, need: Literal["train_files", "eval_files"] = "train_files") -> None:
     """Check what the configuration names: the model and its layout, data files, rewards, the algorithm.
@@ -89,3 +91,9 @@ def _check_files(config: Config, need: str) -> None:
         for name in names:
             if not Path(name).is_file():
                 raise ConfigError(f"data.{key}: {name} does not exist")
+            if (ending := Path(name).suffix.lower()) in _RAW:
+                raise ConfigError(
+                    f"data.{key}: {name} is {ending} where parquet is needed; write it with mmrl data prepare {name} "
+                    f"--format {config.data.format} --output-dir D (--test-split 0: nothing is held out), and name "
+                    "D/train.parquet with data.format=verl"
+                )

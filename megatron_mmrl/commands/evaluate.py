@@ -77,13 +77,27 @@ def checked(options: argparse.Namespace) -> Config:
         overrides += ["reward.preset=null", "reward.legacy=false", "reward.terms=[{name: benchmark}]"]
     config = load_config(options.config, overrides)
     preflight(config, need="eval_files")
-    if not options.checkpoint.is_dir():
-        raise ConfigError(f"--checkpoint {options.checkpoint} is not a directory")
+    _check_checkpoint(options.checkpoint)
     _check_sampling(options)
     for file in (options.json, options.output):
         if file is not None and not file.parent.is_dir():
             raise ConfigError(f"{file}: {file.parent} is not a directory")
+        if file is not None and file.is_dir():
+            raise ConfigError(f"{file} is a directory; name a file in it")
     return config
+
+
+def _check_checkpoint(directory: Path) -> None:
+    from megatron_mmrl.checkpoint.manifest import STATE_FILE
+    from megatron_mmrl.config import ConfigError
+
+    if not directory.is_dir():
+        raise ConfigError(f"--checkpoint {directory} is not a directory")
+    if not any((directory / name).is_file() for name in (STATE_FILE, "config.json")):
+        raise ConfigError(
+            f"--checkpoint {directory} is neither a step of a run, as RUN/checkpoints/step_N ({STATE_FILE} is missing) "
+            "nor a Hugging Face or converted Megatron checkpoint, as RUN/hf (config.json is missing)"
+        )
 
 
 def _check_sampling(options: argparse.Namespace) -> None:

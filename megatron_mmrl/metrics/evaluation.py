@@ -9,19 +9,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
 
-from megatron_mmrl.metrics.pass_at_k import Estimate, Row
+from megatron_mmrl.metrics.pass_at_k import NO_VALUE, Estimate, Row
 from megatron_mmrl.types import Group
 
 _WIDTH = 120  # of a table that does not go to a terminal
 
 
 def print_table(title: str, rows: Sequence[Row], stream: TextIO) -> None:
-    """Percentages with their standard errors, one line per row, a rule between columns' groups."""
+    """Percentages with their standard errors, one line per row, a rule between columns' groups; below the title."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(title), title_justify="left")
+    table = Table()
     table.add_column("group", overflow="fold")
     table.add_column("questions", justify="right")
     for name in rows[0].scores:
@@ -31,7 +31,17 @@ def print_table(title: str, rows: Sequence[Row], stream: TextIO) -> None:
         scores = [as_percent(each) for each in row.scores.values()]
         last_of_column = index + 1 < len(rows) and rows[index + 1].column != row.column
         table.add_row(escape(name), str(row.num_prompts), *scores, end_section=last_of_column)
-    Console(file=stream, width=None if stream.isatty() else _WIDTH, highlight=False).print(table)
+    console = Console(file=stream, width=None if stream.isatty() else _WIDTH, highlight=False)
+    console.print(escape(title), soft_wrap=True)  # a title of the table's own would be cut to the table's width
+    console.print(table)
+
+
+def columns_of_none(rows: Sequence[Row]) -> list[str]:
+    """Columns of a report that no question has: misspelt, or of another data set."""
+    values: dict[str, set[str]] = {}
+    for row in rows:
+        values.setdefault(row.column, set()).add(row.value)
+    return [column for column, found in values.items() if found == {NO_VALUE}]
 
 
 def as_percent(score: Estimate) -> str:

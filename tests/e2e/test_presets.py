@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -65,8 +66,11 @@ TERMS = {
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory like the repository's root: examples, presets, a tiny model, and the commands on the path."""
-    path = tmp_path_factory.mktemp("presets")
+    """A directory like the repository's root: examples, presets, a tiny model, and the commands on the path.
+
+    Its name has a space, as those of users may.
+    """
+    path = tmp_path_factory.mktemp("presets") / "my copy"
     for folder in ("examples", "configs"):
         shutil.copytree(REPOSITORY / folder, path / folder)
     templates = [load_template(name) for name in shipped_templates()]
@@ -80,12 +84,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def script(home: Path, name: str, *arguments: str) -> str:
-    """Run a script of an example as a user does; its output, once it has succeeded."""
+def script(home: Path, name: str, *arguments: str, cwd: Path) -> str:
+    """Run a script of an example as a user does, from any directory; its output, once it has succeeded."""
     done = subprocess.run(
-        ["sh", f"examples/{name}", *arguments],
-        cwd=home,
-        env={**environment(), "PATH": f"{home / 'bin'}:{os.environ['PATH']}", "GPUS": "1"},
+        ["sh", str(home / "examples" / name), *arguments],
+        cwd=cwd,
+        env={**environment(), "PATH": f"{home / 'bin'}:{os.environ['PATH']}", **one_process()},
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
@@ -93,6 +97,13 @@ def script(home: Path, name: str, *arguments: str) -> str:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
+
+
+def one_process() -> dict[str, str]:
+    """What the scripts read: one GPU, and for the one of several nodes a single one."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    return {"GPUS": "1", "NODES": "1", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
 @pytest.mark.parametrize(("example", "preset", "write_raw", "overrides"), CASES)
@@ -105,20 +116,16 @@ def test_from_raw_rows_to_a_model(
     overrides: Sequence[str],
 ) -> None:
     settings = yaml.safe_load((home / "configs" / "presets" / f"{preset}.yaml").read_text())
-    raw = tmp_path / "raw"
+    raw = tmp_path / "raw rows"
     raw.mkdir()
     shutil.rmtree(home / "data", ignore_errors=True)
-    script(home, f"{example}/prepare.sh", *write_raw(raw))
+    raw_files = [os.path.relpath(file, tmp_path) for file in write_raw(raw)]
+    script(home, f"{example}/prepare.sh", *raw_files, cwd=tmp_path)
     files = [home / file for file in settings["data"]["train_files"]]
     assert all(file.is_file() for file in files), sorted((home / "data").rglob("*.parquet"))
-    run = Run(path=tmp_path / "run", output="")
-    arguments = [f"run.output_dir={run.path}", *SIZES, *overrides]
-    if preset == "mm_eureka_32b":  # its example's script starts the 7B
-        train = home / "examples" / example / "train.sh"
-        (train.parent / "train_32b.sh").write_text(train.read_text().replace("mm_eureka_7b", "mm_eureka_32b"))
-        script(home, f"{example}/train_32b.sh", *arguments)
-    else:
-        script(home, f"{example}/train.sh", *arguments)
+    run = Run(path=tmp_path / "the run", output="")
+    train = "train_32b.sh" if preset == "mm_eureka_32b" else "train.sh"
+    script(home, f"{example}/{train}", f"run.output_dir={run.path}", *SIZES, *overrides, cwd=tmp_path)
     check(run, settings)
 
 

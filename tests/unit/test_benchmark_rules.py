@@ -17,7 +17,8 @@ def judged(gold: str, response: str, **meta: Any) -> float:
 
 
 FLOAT = {"answer_type": "float", "precision": 1.0, "question_type": "free_form"}
-INTEGER = {"answer_type": "integer", "precision": 0.0}
+INTEGER = {"answer_type": "integer", "precision": None}  # as the published rows have it
+TWO = {"answers": ["$2$", "$\\frac{1}{2}$"]}
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,8 @@ INTEGER = {"answer_type": "integer", "precision": 0.0}
         ("1.2", r"So \boxed{1.18 \text{ cm}}.", {**FLOAT, "unit": "cm"}, 1),
         ("4", "<answer>4.9</answer>", INTEGER, 1),
         ("4", "<answer>5</answer>", INTEGER, 0),
+        ("4", r"\boxed{-4.9}", INTEGER, 0),
+        ("4", r"\boxed{4.9}", {**INTEGER, "precision": 0.0}, 1),
         ("1200", "<answer>1,200</answer>", INTEGER, 1),
         ("145\u00b0", "<answer>B</answer>", {"choices": ["135\u00b0", "145\u00b0"]}, 1),
         ("145\u00b0", "<answer>135\u00b0</answer>", {"choices": ["135\u00b0", "145\u00b0"]}, 0),
@@ -45,6 +48,11 @@ INTEGER = {"answer_type": "integer", "precision": 0.0}
         ("$2$, $1/2$", r"\boxed{\frac{1}{2}, 2}", {"answers": ["$2$", "$\\frac{1}{2}$"]}, 1),
         ("$2$, $1/2$", r"\boxed{2}", {"answers": ["$2$", "$\\frac{1}{2}$"]}, 0),
         ("$2$, $1/2$", r"\boxed{2, 0.5, 7}", {"answers": ["$2$", "$\\frac{1}{2}$"]}, 0),
+        ("$2$, $1/2$", r"Either \boxed{2} or \boxed{\frac{1}{2}}.", TWO, 1),
+        ("$2$, $1/2$", r"First \boxed{7}. So \boxed{0.5}, and \boxed{2}.", TWO, 1),
+        ("$2$, $1/2$", r"\boxed{2}, \boxed{0.5}, \boxed{7}", TWO, 0),
+        ("$2$, $1/2$", r"\boxed{2}, \boxed{2}", TWO, 0),
+        ("$2$, $1/2$", r"\boxed{2}, \boxed{0.5} <answer>2</answer>", TWO, 0),
         ("$2$, $2$", r"\boxed{2}", {"answers": ["$2$", "$2$"]}, 0),
         ("(1,2), (3,4)", r"\boxed{(3,4), (1,2)}", {"answers": ["$(1,2)$", "$(3,4)$"]}, 1),
         ("$1$, $3$", "<answer>x = 3 or x = 1.05</answer>", {"answers": ["$1$", "$3$"], "tolerance": 0.1}, 1),
@@ -53,6 +61,11 @@ INTEGER = {"answer_type": "integer", "precision": 0.0}
         ("204", r"... \boxed{204}", {}, 1),
         (r"\left( 3, \frac{\pi}{2} \right)", r"\boxed{(3, \pi/2)}", {}, 1),
         (r"\text{Evelyn}", r"\boxed{\text{Evelyn}}", {}, 1),
+        (r"\text{Evelyn}", r"\boxed{evelyn}", {}, 1),
+        (r"$\text{Evelyn}$", "<answer>Eva</answer>", {}, 0),
+        (r"\text{(C)}", r"\boxed{C}", {}, 1),
+        (r"\text{(C)}", r"\boxed{\text{(B)}}", {}, 0),
+        (r"\text{east}", "It is not the east.", {}, 0),
         ("204", "no answer here", {}, 0),
     ],
 )

@@ -16,7 +16,7 @@ from megatron_mmrl.cluster import local
 from megatron_mmrl.commands.evaluate import add_arguments
 from megatron_mmrl.config import ConfigError
 from megatron_mmrl.evaluate import correctness_term, groups_of
-from megatron_mmrl.metrics.evaluation import AnswersFile, print_table
+from megatron_mmrl.metrics.evaluation import AnswersFile, columns_of_none, print_table
 from megatron_mmrl.metrics.pass_at_k import Tally, report
 from megatron_mmrl.types import EncodedPrompt, Group, Message, Prompt, Response, Score
 from tests.unit.test_cli import HF_CONFIG
@@ -38,6 +38,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     Path("model/config.json").write_text(json.dumps(HF_CONFIG))
     Path("a.parquet").touch()
     Path("b.parquet").touch()
+    Path("test.jsonl").touch()
     Path("config.yaml").write_text("model: {path: model}\ndata: {eval_files: [none.parquet]}\n")
     return ["eval", "--config", "config.yaml", "--checkpoint", "model"]
 
@@ -65,7 +66,19 @@ def test_a_rank_is_told_what_was_given(config: list[str], monkeypatch: pytest.Mo
         ("--samples 4 --temperature 1 --pass-k 8", "--pass-k 8 cannot be estimated from --samples 4 answers"),
         ("--json no/r.json", "no/r.json: no is not a directory"),
         ("--checkpoint nowhere", "--checkpoint nowhere is not a directory"),
+        (
+            "--checkpoint .",
+            "--checkpoint . is neither a step of a run, as RUN/checkpoints/step_N (state.json is missing) nor a "
+            "Hugging Face or converted Megatron checkpoint, as RUN/hf (config.json is missing)",
+        ),
+        ("--json model", "model is a directory; name a file in it"),
         ("--data none.parquet", "data.eval_files: none.parquet does not exist"),
+        (
+            "--data test.jsonl data.format=math500",
+            "data.eval_files: test.jsonl is .jsonl where parquet is needed; write it with mmrl data prepare test.jsonl "
+            "--format math500 --output-dir D (--test-split 0: nothing is held out), and name D/train.parquet with "
+            "data.format=verl",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_rank_starts(
@@ -109,7 +122,9 @@ def test_table_in_percent() -> None:
         ("subject",),
     )
     stream = io.StringIO()
-    print_table("runs/hf", rows, stream)
+    title = "runs/[hf]: a name that is longer than the table is wide, which is no reason to break it in two, or three"
+    print_table(title, rows, stream)
+    assert stream.getvalue().splitlines()[0] == title
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in stream.getvalue().splitlines() if "│" in line]
     assert lines == [
         ["all", "3", "50.00 ± 28.87", "61.11 ± 30.93"],
@@ -117,6 +132,13 @@ def test_table_in_percent() -> None:
         ["subject: y", "1", "50.00", "83.33"],
     ]
     assert "pass@1[4]" in stream.getvalue()
+
+
+def test_a_column_that_no_question_has_is_named() -> None:
+    tallies = [
+        Tally(num_samples=1, num_correct=1, columns={"subject": ("x",), "level": level}) for level in ((), ("1",))
+    ]
+    assert columns_of_none(report(tallies, (), ("subject", "level", "sbject"))) == ["sbject"]
 
 
 def scored() -> Group:

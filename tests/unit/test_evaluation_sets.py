@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_mmrl.data.errors import BadRowError
 from megatron_mmrl.data.formats import FORMATS
+from megatron_mmrl.data.prepare import PrepareOptions, prepare
+from megatron_mmrl.rewards.benchmark import Benchmark
 from megatron_mmrl.types import Prompt
 
 
@@ -140,3 +145,32 @@ def test_gpqa_shuffles_the_options_by_the_question_alone() -> None:
     assert read("gpqa_diamond", swapped) == first
     with pytest.raises(BadRowError, match="two of the options are the same"):
         read("gpqa_diamond", {**gpqa(0), "Incorrect Answer 1": "right"})
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "right", "wrong"),
+    [
+        ("gpqa_diamond", gpqa(0), "right", "wrong 1"),
+        (
+            "olympiad_bench",
+            {key: value for key, value in OLYMPIAD.items() if not key.startswith("image")} | {"question": "Find x."},
+            r"\boxed{0.55}, \boxed{2}",
+            r"\boxed{0.7}, \boxed{2}",
+        ),
+        (
+            "math500",
+            {"problem": "Who?", "answer": r"\text{Evelyn}", "subject": "Algebra", "level": 2, "unique_id": "t/1"},
+            r"\boxed{Evelyn}",
+            r"\boxed{Eva}",
+        ),
+    ],
+)
+def test_rows_that_were_prepared_are_judged_as_the_published_ones(
+    tmp_path: Path, name: str, row: dict[str, Any], right: str, wrong: str
+) -> None:
+    (tmp_path / "raw.jsonl").write_text(json.dumps(row) + "\n")
+    prepare(PrepareOptions(files=(str(tmp_path / "raw.jsonl"),), format=name, test_percent=0), tmp_path / "out")
+    (written,) = pq.read_table(tmp_path / "out" / "train.parquet").to_pylist()
+    for prompt in (read(name, row), read("verl", written)):
+        assert [Benchmark()(prompt, f"{answer}") for answer in (right, wrong)] == [1.0, 0.0]
+        assert prompt.meta.get("subject") == row.get("subject", "Physics")

@@ -21,6 +21,57 @@ PRESETS = sorted((ROOT / "configs" / "presets").glob("*.yaml"))
 RECIPES = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 SETTING = re.compile(r"`([a-z0-9_]+(?:\.[a-z0-9_]+)+)=([^`]*)`")
 
+SWIFT = """
+    --rlhf_type --model --external_plugins --reward_funcs --use_vllm --vllm_device --vllm_gpu_memory_utilization
+    --train_type --torch_dtype --dataset --max_length --max_completion_length --num_train_epochs
+    --per_device_train_batch_size --per_device_eval_batch_size --learning_rate --gradient_accumulation_steps
+    --save_strategy --eval_strategy --eval_steps --save_steps --save_total_limit --logging_steps --output_dir
+    --warmup_ratio --dataloader_num_workers --num_generations --temperature --system --deepspeed --log_completions
+    --report_to --num_iterations num_infer_workers async_generate --beta NPROC_PER_NODE
+"""
+MM_EUREKA = """
+    --ref_num_nodes --ref_num_gpus_per_node --remote_rm_url --actor_num_nodes --actor_num_gpus_per_node
+    --vllm_num_engines --vllm_tensor_parallel_size --colocate_all_models --vllm_enable_sleep
+    --vllm_gpu_memory_utilization --vllm_sync_backend --pretrain --save_path --micro_train_batch_size
+    --train_batch_size --micro_rollout_batch_size --rollout_batch_size --temperature --n_samples_per_prompt --lambd
+    --gamma --max_epochs --num_episodes --prompt_max_len --max_samples --generate_max_len --advantage_estimator
+    --zero_stage --bf16 --actor_learning_rate --init_kl_coef --prompt_data --disable_fast_tokenizer --input_key
+    --adam_offload --flash_attn --gradient_checkpointing --save_steps --ckpt_path --max_ckpt_num --save_hf_ckpt
+    --freeze_prefix --enable_accuracy_filter --accuracy_lower_bound --accuracy_upper_bound --use_tensorboard
+    --load_checkpoint --freezing_filter_steps --use_adora --adora_lamda --use_dapo
+"""
+ORIGINAL_FLAGS = {
+    "siirl_mm_eureka_7b": """
+        adv_estimator data.train_files data.val_files train_batch_size max_prompt_length max_response_length
+        filter_overlong_prompts truncation data.shuffle model.path optim.lr use_remove_padding use_fused_kernels
+        ppo_mini_batch_size ppo_micro_batch_size_per_gpu use_kl_loss grad_clip clip_ratio kl_loss_coef kl_loss_type
+        enable_gradient_checkpointing param_offload optimizer_offload log_prob_micro_batch_size_per_gpu
+        rollout.tensor_model_parallel_size rollout.name gpu_memory_utilization max_model_len enable_chunked_prefill
+        enforce_eager free_cache_engine rollout.n prompt_length response_length disable_mm_preprocessor_cache
+        kl_ctrl.kl_coef critic_warmup trainer.logger project_name experiment_name n_gpus_per_node nnodes save_freq
+        test_freq total_epochs resume_mode max_actor_ckpt_to_keep default_local_dir val_before_train
+    """,
+    "mm_eureka_7b": MM_EUREKA,
+    "verl_boxed_7b": """
+        adv_estimator data.train_files data.val_files train_batch_size max_prompt_length max_response_length
+        filter_overlong_prompts truncation image_key model.path optim.lr use_remove_padding ppo_mini_batch_size
+        ppo_micro_batch_size_per_gpu use_kl_loss kl_loss_coef kl_loss_type entropy_coeff enable_gradient_checkpointing
+        param_offload optimizer_offload log_prob_micro_batch_size_per_gpu rollout.tensor_model_parallel_size
+        rollout.name disable_mm_preprocessor_cache gpu_memory_utilization enable_chunked_prefill enforce_eager
+        free_cache_engine rollout.n use_kl_in_reward critic_warmup project_name experiment_name n_gpus_per_node nnodes
+        save_freq test_freq total_epochs
+    """,
+    "clevr_count_3b": SWIFT + "--vllm_max_model_len",
+    "geoqa_3b": SWIFT + "--repetition_penalty --max_grad_norm MAX_PIXELS",
+    "open_r1_3b": SWIFT + "--repetition_penalty --max_grad_norm MAX_PIXELS",
+    "mathvista_dr_grpo": """
+        model.name load_in_4bit use_gradient_checkpointing lora.r lora.alpha finetune_vision_layers
+        finetune_language_layers dataset.path dataset.split max_samples image_size reasoning_start reasoning_end
+        solution_start solution_end formatting_reward correctness_reward per_device_train_batch_size
+        gradient_accumulation_steps learning_rate num_generations max_steps loss_type
+    """,
+}
+
 
 def model_of(config: Config) -> dict[str, Any]:
     """The published ``config.json`` of the model that the preset names."""
@@ -79,6 +130,21 @@ def test_the_document_tells_its_values(preset: Path) -> None:
             assert value_of(config, key) == yaml.safe_load(value), f"{row}: the preset has {value_of(config, key)!r}"
             told += 1
     assert told >= 8
+
+
+@pytest.mark.parametrize("name", ORIGINAL_FLAGS)
+def test_the_document_has_every_flag_of_the_original(name: str) -> None:
+    """In its own section, in that of the run which it says it is like, or in what holds for all."""
+    like = {"geoqa_3b": ["clevr_count_3b"], "open_r1_3b": ["geoqa_3b", "clevr_count_3b"]}.get(name, [])
+    pages = [
+        RECIPES.split("\n## siiRL")[0],
+        *(section(ROOT / f"configs/presets/{each}.yaml") for each in (name, *like)),
+    ]
+    told = " ".join(re.findall(r"`([^`]*)`", "\n".join(pages)))
+    missing = [
+        flag for flag in ORIGINAL_FLAGS[name].split() if not re.search(rf"(?<![\w-]){re.escape(flag)}(?!\w)", told)
+    ]
+    assert missing == []
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
