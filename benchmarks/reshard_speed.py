@@ -164,9 +164,10 @@ def _run_rank(rank: int, config: Config, rounds: int, port: int, *, with_gloo: b
     from megatron_mmrl.models.registry import build_model
     from megatron_mmrl.parallel.collectives import Collectives
     from megatron_mmrl.parallel.state import initialize, shutdown
+    from megatron_mmrl.reshard.between import planner_of
     from megatron_mmrl.reshard.memory import share_parameters
     from megatron_mmrl.reshard.reference import export_hf
-    from megatron_mmrl.reshard.session import WeightSession, planner_of
+    from megatron_mmrl.reshard.session import WeightSession
     from megatron_mmrl.trainer.optim import wrap_data_parallel
 
     initialize(config.parallel, seed=0)

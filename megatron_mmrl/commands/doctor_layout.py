@@ -52,8 +52,8 @@ def run(options: argparse.Namespace) -> int:
         ConfigError: no such model or rank, or a layout that the model cannot be cut into.
     """
     from megatron_mmrl.doctor.layout import inspect_layout
-    from megatron_mmrl.doctor.layout_model import config_dir
     from megatron_mmrl.doctor.layout_report import as_json, as_text
+    from megatron_mmrl.models.known import config_dir
 
     with config_dir(options.model) as path:
         model, parallel = _sizes(options, path)

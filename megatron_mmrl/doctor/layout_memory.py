@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-DType = Literal["float32", "bfloat16"]
-_WEIGHT = {"float32": 4, "bfloat16": 2}
-_GRADIENT = 4
-# Adam's two moments; bfloat16 weights have a float32 master copy besides.
-_STATE = {"float32": 8, "bfloat16": 12}
+from megatron_mmrl.memory.model import ITEM_BYTES, DType
+from megatron_mmrl.memory.parameters import GRADIENT_BYTES, STATE_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,9 +28,9 @@ def rank_bytes(num_parameters: int, num_trained: int, dtype: DType, optimizer_ra
     ``optimizer_ranks`` that hold the same parameters (data x context).
     """
     return RankBytes(
-        weights=num_parameters * _WEIGHT[dtype],
-        gradients=num_trained * _GRADIENT,
-        optimizer=-(-num_trained * _STATE[dtype] // optimizer_ranks),
+        weights=num_parameters * ITEM_BYTES[dtype],
+        gradients=num_trained * GRADIENT_BYTES,
+        optimizer=-(-num_trained * STATE_BYTES[dtype] // optimizer_ranks),
     )
 
 
@@ -42,7 +38,8 @@ def formula(dtype: DType, optimizer_ranks: int) -> str:
     """The same in words."""
     held = "two float32 moments" if dtype == "float32" else "float32 master copy and two moments"
     return (
-        f"Bytes a parameter: weights {_WEIGHT[dtype]} ({dtype}); if trained, gradient {_GRADIENT} (float32) and "
-        f"optimizer {_STATE[dtype]} / {optimizer_ranks} ({held}, over data x context ranks).\n"
+        f"Bytes a parameter: weights {ITEM_BYTES[dtype]} ({dtype}); if trained, "
+        f"gradient {GRADIENT_BYTES} (float32) and optimizer {STATE_BYTES[dtype]} / {optimizer_ranks} "
+        f"({held}, over data x context ranks).\n"
         "Activations and the rounding of Megatron's buffers come on top."
     )

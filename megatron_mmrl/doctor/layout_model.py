@@ -1,58 +1,11 @@
-"""A model to plan for: its configuration by name or path, and the tensors that Hugging Face gives it."""
+"""The tensors that Hugging Face gives a model to plan for: transformers' own answer, to compare ours with."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
-import yaml
-
-import megatron_mmrl
-from megatron_mmrl.config import ConfigError
 from megatron_mmrl.models.qwen2_5_vl import stored
 from megatron_mmrl.models.qwen2_5_vl.config import load_config
-from megatron_mmrl.models.registry import MODELS
-
-MODELS_DIR = Path(megatron_mmrl.__file__).parent.parent / "configs" / "models"
-
-
-@contextmanager
-def config_dir(model: str) -> Iterator[Path]:
-    """A directory whose ``config.json`` is that of ``model``, while the context lasts.
-
-    Args:
-        model: a file of ``configs/models`` without its suffix, a YAML or JSON file, or a checkpoint's directory.
-
-    Raises:
-        ConfigError: no such model, or one that is not supported.
-    """
-    named = MODELS_DIR / f"{model}.yaml"
-    file = next((f for f in (named, Path(model), Path(model) / "config.json") if f.is_file()), None)
-    known = sorted(f.stem for f in MODELS_DIR.glob("*.yaml"))
-    if file is None:
-        raise ConfigError(
-            f"model {model} is neither one of {known}, nor a YAML or JSON file, nor a directory with a config.json"
-        )
-    config = _read(file)
-    with TemporaryDirectory(prefix="mmrl-model-") as directory:
-        (Path(directory) / "config.json").write_text(json.dumps(config))
-        yield Path(directory)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    text = file.read_text(encoding="utf-8")
-    try:
-        config = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from error
-    model_type = config.get("model_type") if isinstance(config, dict) else None
-    if model_type not in MODELS:
-        raise ConfigError(f"{file} is of model_type {model_type!r}; supported: {sorted(MODELS)}")
-    return config
 
 
 def hf_shapes(path: Path) -> dict[str, tuple[int, ...]]:

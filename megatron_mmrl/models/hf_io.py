@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from megatron_mmrl import pulse
 from megatron_mmrl.config.checks import require
 from megatron_mmrl.models.file_tensor import FileTensor, open_safetensors
 from megatron_mmrl.parallel.sharding import Sliceable, WeightEntry
@@ -143,6 +144,7 @@ def load_parameters(
         ValueError: a tensor is missing or has another shape than the model.
     """
     for name, parameter in module.named_parameters():
+        pulse.beat()
         entry = table[name]
         shard = entry.rule.split([reader[hf_name] for hf_name in entry.hf_names], rank, size)
         require(

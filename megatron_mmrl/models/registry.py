@@ -36,8 +36,10 @@ class ModelSpec:
     """(ids, image_grid_thw, *, image_token_id, merge_size) -> int64 [3, L]."""
     stored: str
     """(path) -> StoredModel."""
+    shapes: str
+    """(config.json) -> shape of every tensor by Hugging Face name; loads no torch."""
     held: str
-    """(path, layout) -> (pipeline stage, chunk, WeightEntry) of every parameter that the layout's ranks hold."""
+    """(config.json, layout) -> (stage, chunk, WeightEntry) of every parameter that the layout's ranks hold."""
     engine: str
     """(config.json, *, whole_encoder) -> EngineEntry of every parameter of the engine's model."""
 
@@ -47,6 +49,7 @@ MODELS: dict[str, ModelSpec] = {
         build="megatron_mmrl.models.qwen2_5_vl.model:build",
         position_ids="megatron_mmrl.models.qwen2_5_vl.mrope:position_ids",
         stored="megatron_mmrl.models.qwen2_5_vl.stored:describe",
+        shapes="megatron_mmrl.models.qwen2_5_vl.sizes:tensor_shapes",
         held="megatron_mmrl.models.qwen2_5_vl.held:held",
         engine="megatron_mmrl.models.qwen2_5_vl.engine_weights:engine_table",
     ),
@@ -116,7 +119,14 @@ def stored_model(path: str | Path) -> StoredModel:
 
 def held_parameters(path: str | Path, layout: ParallelLayout) -> list[tuple[int, int, WeightEntry]]:
     """(pipeline stage, chunk, entry) of every parameter that the ranks of ``layout`` hold; no model is built."""
-    return list(_resolve(MODELS[read_hf_config(path)["model_type"]].held)(Path(path), layout))
+    config = read_hf_config(path)
+    return list(_resolve(MODELS[config["model_type"]].held)(config, layout))
+
+
+def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of the checkpoint, by original name, a tied output layer left out. Loads no torch."""
+    config = read_hf_config(path)
+    return _resolve(MODELS[config["model_type"]].shapes)(config)
 
 
 def engine_parameters(path: str | Path, *, whole_encoder: bool) -> tuple[EngineEntry, ...]:

@@ -12,8 +12,8 @@ import itertools
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_mmrl.config.checks import require
 from megatron_mmrl.parallel.sharding import Rule
@@ -90,9 +90,9 @@ def shard_placement(rule: Rule, shapes: tuple[Shape, ...], rank: int, size: int)
         ValueError: the rule slices in a way that cannot be traced.
     """
     traced = rule.split([_Traced(number, shape) for number, shape in enumerate(shapes)], rank, size)
-    step = traced.diff(dim=0)
-    goes_on = (step[:, 1] == 1) & (step[:, [0, 2, 3]] == 0).all(dim=1)
-    firsts = [0, *((~goes_on).nonzero().flatten() + 1).tolist(), len(traced)]
+    step = np.diff(traced, axis=0)
+    goes_on = (step[:, 1] == 1) & (step[:, [0, 2, 3]] == 0).all(axis=1)
+    firsts = [0, *(np.flatnonzero(~goes_on) + 1).tolist(), len(traced)]
     pieces = []
     for first, end in itertools.pairwise(firsts):
         number, row, left, right = traced[first].tolist()
@@ -111,14 +111,13 @@ class _Traced:
         self._number, self._matrix = number, as_matrix(shape)
         self.shape = shape
 
-    def __getitem__(self, key: slice | tuple[slice, ...]) -> Tensor:
+    def __getitem__(self, key: slice | tuple[slice, ...]) -> NDArray[np.int64]:
         down, across, *deeper = key if isinstance(key, tuple) else (key, slice(None))
         left, right, step = across.indices(self._matrix[1])
         require(
             step == 1 and not deeper and (len(self.shape) == 2 or across == slice(None)),
             f"slice {key} of a tensor of shape {list(self.shape)}: only rows, or columns of a matrix, can be traced",
         )
-        rows = torch.arange(self._matrix[0])[down]
-        return torch.stack(
-            [torch.full_like(rows, n) if n is not None else rows for n in (self._number + 1, None, left, right)], dim=1
-        )
+        rows = np.arange(self._matrix[0])[down]
+        columns = [np.full_like(rows, n) if n is not None else rows for n in (self._number + 1, None, left, right)]
+        return np.stack(columns, axis=1)

@@ -1,5 +1,7 @@
 """How each weight is cut over tensor-parallel ranks, in Megatron's layout. Pure: tensors in, tensors out.
 
+NumPy arrays, which stand for tensors where a plan is made (``geometry.py``), are cut as well, without loading torch.
+
 A rule turns one or several full tensors (as Hugging Face names them) into a rank's shard, and the shards of all ranks
 back. Round trips are bit-exact. ``split`` reads its input only through ``shape`` and slices, so that a file can stand
 for a tensor and a rank loads only its part.
@@ -9,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from megatron_mmrl.config.checks import require
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Sliceable(Protocol):
@@ -23,7 +27,7 @@ class Sliceable(Protocol):
     @property
     def shape(self) -> Sequence[int]: ...
 
-    def __getitem__(self, key: slice | tuple[slice, ...]) -> Tensor: ...
+    def __getitem__(self, key: slice | tuple[slice, ...]) -> Any: ...
 
 
 class Rule(Protocol):
@@ -95,7 +99,7 @@ class QKV:
                 if start < stop:
                     pieces.append(tensor[group * rows + start : group * rows + stop])
                 place += rows
-        return torch.cat(pieces)
+        return _join(pieces, 0)
 
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
         rows = self._rows()
@@ -112,7 +116,7 @@ class GateUp:
     """The two inputs of a gated MLP in one tensor: ``[gate; up]`` of the rank."""
 
     def split(self, full: Sequence[Sliceable], rank: int, size: int) -> Tensor:
-        return torch.cat([tensor[_part(tensor.shape[0], rank, size)] for tensor in full])
+        return _join([tensor[_part(tensor.shape[0], rank, size)] for tensor in full], 0)
 
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
         halves = [shard.chunk(2) for shard in shards]
@@ -132,7 +136,7 @@ class Vocab:
         rows = _part(padded, rank, size)
         part = full[0][rows.start : min(rows.stop, self.vocab_size)]
         missing = (rows.stop - rows.start) - part.shape[0]
-        return torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
+        return _join([part, _zeros(part, missing)], 0) if missing else part
 
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return (_join(shards, 0)[: self.vocab_size],)
@@ -158,4 +162,16 @@ def _part(length: int, rank: int, size: int) -> slice:
 
 
 def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts, axis=dim)
+    import torch
+
+    return torch.cat(list(parts), dim=dim)
+
+
+def _zeros(like: Tensor, rows: int) -> Tensor:
+    """So many rows of zeros to put below ``like``."""
+    shape = (rows, *like.shape[1:])
+    return np.zeros(shape, like.dtype) if isinstance(like, np.ndarray) else like.new_zeros(shape)

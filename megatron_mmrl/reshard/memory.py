@@ -15,7 +15,7 @@ import fcntl
 import mmap
 import os
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,18 +24,10 @@ from torch import Tensor
 from megatron_mmrl.config.checks import require
 from megatron_mmrl.parallel.geometry import Shape
 from megatron_mmrl.reshard import cuda_ipc
+from megatron_mmrl.reshard.places import Handle, Place, packed
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
-
-Handle = Mapping[str, Any]
-"""How another process of the same user on the same machine finds a block; can be written as JSON."""
-
-Place = tuple[int, int]
-"""Number of a block, and the byte in it at which something begins."""
-
-ALIGNMENT = 256
-"""Bytes; what begins at a multiple of it suits every kernel."""
 
 
 class SharedBlock:
@@ -105,15 +97,6 @@ def typed(block: Tensor, offset: int, shape: Shape, dtype: torch.dtype) -> Tenso
         f"{dtype} of shape {list(shape)} at byte {offset} does not fit into a block of {block.numel()} bytes",
     )
     return block[offset : offset + nbytes].view(dtype).view(shape)
-
-
-def packed(sizes: Iterable[int]) -> tuple[list[int], int]:
-    """Byte offsets of things of these sizes one behind the other, each aligned, and the bytes they take together."""
-    offsets, end = [], 0
-    for size in sizes:
-        offsets.append(end)
-        end += -(-size // ALIGNMENT) * ALIGNMENT
-    return offsets, end
 
 
 class SharedParameters:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_mmrl import pulse
 from megatron_mmrl.models.hf_io import NameScheme, to_scheme
 from megatron_mmrl.parallel.device import device
 from megatron_mmrl.parallel.sharding import Replicated, WeightEntry
@@ -47,6 +48,7 @@ def export_hf(chunks: Sequence[Qwen25VL], *, scheme: NameScheme = "original") ->
     for stage, metas in enumerate(_metas_of_stages(chunks, pipeline)):
         own = _merged(chunks) if stage == own_stage else None
         for meta in metas:
+            pulse.beat()
             tensor = next(own)[1] if own else torch.empty(meta.shape, dtype=meta.dtype, device=device())
             if pipeline.size() > 1:
                 tensor = tensor.contiguous()

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_mmrl.config.checks import require
 from megatron_mmrl.parallel.geometry import Shape
-from megatron_mmrl.reshard.memory import Handle, Place, packed
+from megatron_mmrl.reshard.places import Handle, Place, packed
 from megatron_mmrl.reshard.plan import Move, Planner
 
 FORMAT = 1

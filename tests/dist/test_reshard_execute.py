@@ -112,7 +112,8 @@ def hand_over_twice(config: Config, per_node: int | None) -> dict[str, Any]:
     from megatron_mmrl.parallel.collectives import Collectives
     from megatron_mmrl.parallel.state import initialize, shutdown
     from megatron_mmrl.reshard.memory import share_parameters
-    from megatron_mmrl.reshard.session import WeightSession, planner_of
+    from megatron_mmrl.reshard.between import planner_of
+    from megatron_mmrl.reshard.session import WeightSession
     from megatron_mmrl.trainer.optim import wrap_data_parallel
 
     initialize(config.parallel, seed=0)

@@ -89,7 +89,8 @@ def start(config: Config):
     """(policy, packer, weights, fleet, planner, exchange) of this rank."""
     from megatron_mmrl.parallel.collectives import Collectives
     from megatron_mmrl.reshard.publish import SharedWeights
-    from megatron_mmrl.reshard.session import WeightSession, planner_of
+    from megatron_mmrl.reshard.between import planner_of
+    from megatron_mmrl.reshard.session import WeightSession
 
     policy, packer = build(config)
     exchange, planner = Collectives(), planner_of(config)
@@ -215,7 +216,7 @@ def test_an_engine_that_does_not_fit_keeps_its_weights_and_stops_the_run(model_p
 
 
 def test_an_engine_over_two_nodes_is_refused(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_mmrl.reshard.session import planner_of
+    from megatron_mmrl.reshard.between import planner_of
 
     config = load_config(
         Path(__file__).parents[2] / "configs" / "quickstart.yaml",

@@ -13,9 +13,10 @@ import torch
 from megatron_mmrl.parallel.geometry import as_matrix
 from megatron_mmrl.parallel.layout import ParallelLayout
 from megatron_mmrl.reshard.attach import Answer, read_answers
+from megatron_mmrl.reshard.between import planner_between
 from megatron_mmrl.reshard.checksum import as_number, checksum
-from megatron_mmrl.reshard.memory import SharedBlock, packed, typed
-from megatron_mmrl.reshard.session import planner_between
+from megatron_mmrl.reshard.memory import SharedBlock, typed
+from megatron_mmrl.reshard.places import packed
 from megatron_mmrl.reshard.spec import AttachSpec, ChecksumRequest, RankMemory, arena_layout, attach_spec
 from megatron_mmrl.rollout.server_args import ATTACH_LOADER, CHECKSUM_LOADER
 from megatron_mmrl.rollout.sglang_client import SGLangEngine

@@ -17,9 +17,10 @@ from megatron_mmrl.config.model import ModelConfig
 from megatron_mmrl.config.parallel import ParallelConfig
 from megatron_mmrl.doctor.coverage import check_coverage
 from megatron_mmrl.doctor.layout import inspect_layout
-from megatron_mmrl.doctor.layout_model import MODELS_DIR, config_dir, hf_shapes
+from megatron_mmrl.doctor.layout_model import hf_shapes
 from megatron_mmrl.doctor.layout_nearest import nearest_layouts
 from megatron_mmrl.doctor.layout_shards import build_rank
+from megatron_mmrl.models.known import MODELS_DIR, config_dir
 from megatron_mmrl.parallel.sharding import GateUp
 
 TOTALS = {

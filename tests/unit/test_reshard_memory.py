@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mmrl.reshard.memory import ALIGNMENT, SharedBlock, open_block, packed, typed
+from megatron_mmrl.reshard.memory import SharedBlock, open_block, typed
+from megatron_mmrl.reshard.places import ALIGNMENT, packed
 
 CPU = torch.device("cpu")
 OWNER = """

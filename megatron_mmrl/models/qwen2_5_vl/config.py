@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,23 +11,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_mmrl.config.checks import require
 from megatron_mmrl.config.model import ModelConfig
 from megatron_mmrl.config.parallel import ParallelConfig
+from megatron_mmrl.models.qwen2_5_vl.sizes import TextSizes
 from megatron_mmrl.parallel.device import dtype_of
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLConfig
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextSizes:
-    """What the sharding rules need to know of the language model."""
-
-    heads: int
-    groups: int
-    """Key/value heads."""
-    head_dim: int
-    vocab_size: int
-    tied: bool
-    """The output layer is the input embedding."""
 
 
 def load_config(path: Path) -> Qwen2_5_VLConfig:

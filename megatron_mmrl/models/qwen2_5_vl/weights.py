@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from megatron_mmrl.models.qwen2_5_vl.config import TextSizes
+from megatron_mmrl.models.qwen2_5_vl.sizes import TextSizes
 from megatron_mmrl.parallel.layout import ParallelLayout
 from megatron_mmrl.parallel.sharding import QKV, GateUp, Replicated, Row, Rule, Vocab, WeightEntry
 
