@@ -6,23 +6,34 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 from megatron_mmrl.config.run import RunConfig
 from megatron_mmrl.metrics.curve import plot_curve
 from megatron_mmrl.metrics.progress import Progress
+from megatron_mmrl.metrics.stragglers import WaitingClock, busy_seconds, straggler_row
 from megatron_mmrl.metrics.timers import Timers
 from megatron_mmrl.metrics.writer import JsonlWriter, MetricsWriter, read_rows
 from megatron_mmrl.types import Group
 
 
-class RunLog:
-    """Every rank times its phases; rank 0 alone writes."""
+class Exchange(Protocol):
+    """The collective that the log needs."""
 
-    def __init__(self, run: RunConfig, *, num_steps: int, first_step: int, writes: bool) -> None:
-        self._dir, self._run, self._writes = Path(run.output_dir), run, writes
-        self._timers = Timers()
-        if writes:
+    rank: int
+
+    def all_gather(self, value: dict[str, float]) -> list[dict[str, float]]:
+        """The values of all ranks, in rank order."""
+        ...
+
+
+class RunLog:
+    """Every rank times its phases; rank 0 alone writes. ``write`` and ``supervised`` are collective."""
+
+    def __init__(self, run: RunConfig, *, num_steps: int, first_step: int, exchange: Exchange) -> None:
+        self._dir, self._run, self._writes = Path(run.output_dir), run, exchange.rank == 0
+        self._timers, self._clock, self._exchange = Timers(), WaitingClock(), exchange
+        if self._writes:
             self._metrics = MetricsWriter(
                 self._dir, tensorboard=run.tensorboard, wandb_project=run.wandb_project, first_step=first_step
             )
@@ -36,8 +47,8 @@ class RunLog:
             yield
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
-        """Write one row with the times since the last one."""
-        times = self._timers.flush()
+        """Write one row with the times since the last one, and who was slow."""
+        times = self._times()
         if not self._writes:
             return
         full = {"step": float(step), **row, **times}
@@ -48,7 +59,7 @@ class RunLog:
 
     def supervised(self, step: int, row: Mapping[str, float]) -> None:
         """Write one row of the supervised warm-up to a file of its own."""
-        times = self._timers.flush()
+        times = self._times()
         if not self._writes:
             return
         if self._supervised is None:
@@ -73,6 +84,7 @@ class RunLog:
 
     def close(self) -> None:
         """Finish the files, draw ``curve.png`` and say what came of the run."""
+        self._clock.close()
         if not self._writes:
             return
         self._progress.close()
@@ -81,6 +93,10 @@ class RunLog:
         if path.stat().st_size:
             plot_curve(path, self._dir / "curve.png")
         print(_summary(read_rows(path), self._dir), flush=True)
+
+    def _times(self) -> dict[str, float]:
+        busy = busy_seconds(self._timers.seconds(), self._clock.flush())
+        return straggler_row(self._exchange.all_gather(busy)) | self._timers.flush()
 
 
 def _summary(rows: Sequence[Mapping[str, float]], directory: Path) -> str:

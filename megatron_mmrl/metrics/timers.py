@@ -1,4 +1,4 @@
-"""How long each phase of a step takes."""
+"""How long each phase of a step takes; the pulse of the process learns of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from megatron_mmrl import pulse
 
 
 class Timers:
@@ -19,9 +21,14 @@ class Timers:
         """Add the seconds of this block to ``name``, also when it raises. Blocks may be nested and repeated."""
         start = time.perf_counter()
         try:
-            yield
+            with pulse.phase(name):
+                yield
         finally:
             self._seconds[name] += time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each phase since the last flush."""
+        return dict(self._seconds)
 
     def flush(self) -> dict[str, float]:
         """``{"time/<name>_s": seconds}`` since the last flush, each name that was timed."""

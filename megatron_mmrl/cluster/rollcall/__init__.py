@@ -1,0 +1,1 @@
+"""What all ranks compare before weights are read: facts of each, gathered, and what is wrong with them."""
