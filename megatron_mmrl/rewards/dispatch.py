@@ -10,14 +10,16 @@ import contextlib
 import math
 import os
 import select
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 
-from megatron_mmrl.rewards.process import Job, Reply, WorkerProcess, WorkerSpec
+from megatron_mmrl import pulse
+from megatron_mmrl.rewards.process import Job, Link, Pipes, Reply, WorkerLostError, WorkerProcess, WorkerSpec
 
 _MAX_BATCH = 64  # jobs sent to a worker at once
 _MAX_FAILED_STARTS = 3  # in a row, once workers have been seen to start
@@ -25,18 +27,24 @@ Question = Mapping[str, object]
 
 
 class Dispatcher:
-    """``num_workers`` processes, ready when the constructor returns. May be used by any thread.
+    """``num_workers`` processes of its own, ready when the constructor returns. May be used by any thread.
 
     Linux ends a worker when the thread that started it ends; here that is the dispatcher's own.
+
+    Args:
+        spec: what the workers compute.
+        num_workers: how many to start here.
+        remote: of each worker elsewhere, what connects to it. They are used as long as they can be reached.
 
     Raises:
         ValueError: a worker refused the terms.
         RuntimeError: a worker did not start.
     """
 
-    def __init__(self, spec: WorkerSpec, num_workers: int) -> None:
+    def __init__(self, spec: WorkerSpec, num_workers: int, remote: Sequence[Callable[[], Link]] = ()) -> None:
         self._spec = spec
         self._workers: list[WorkerProcess] = []
+        self._gone: set[Callable[[], Link]] = set()  # there is no use in trying again
         self._waiting: deque[Job] = deque()
         self._futures: dict[int, Future[Reply]] = {}  # of jobs without a reply, by index
         self._num_jobs = 0
@@ -48,7 +56,7 @@ class Dispatcher:
         os.set_blocking(self._bell[1], False)
         ready: Future[None] = Future()
         self._thread = threading.Thread(
-            target=self._serve, args=(num_workers, ready), name="reward-dispatch", daemon=True
+            target=self._serve, args=([Pipes] * num_workers + [*remote], ready), name="reward-dispatch", daemon=True
         )
         self._thread.start()
         with ExitStack() as on_error:
@@ -58,8 +66,8 @@ class Dispatcher:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the workers now at work."""
-        return [worker.pid for worker in self._workers]
+        """Process ids of the workers now at work on this machine."""
+        return [worker.link.pid for worker in self._workers if worker.link.pid is not None]
 
     def submit(self, questions: Sequence[Question]) -> list[Future[Reply]]:
         """Have questions answered; returns at once, a future for each.
@@ -88,12 +96,13 @@ class Dispatcher:
             with contextlib.suppress(BlockingIOError):  # it was rung often enough
                 os.write(self._bell[1], b"!")
 
-    def _serve(self, num_workers: int, ready: Future[None]) -> None:
+    def _serve(self, links: Sequence[Callable[[], Link]], ready: Future[None]) -> None:
         """The thread: start workers, hand out jobs and collect replies until told to end."""
         with ExitStack() as stack:
             stack.callback(self._end, ready)
             try:
-                self._workers += [self._start() for _ in range(num_workers)]
+                for connect in links:
+                    self._start(connect)
                 while not all(worker.ready for worker in self._workers):
                     self._turn()
                 ready.set_result(None)
@@ -109,7 +118,8 @@ class Dispatcher:
 
     def _end(self, ready: Future[None]) -> None:
         while self._workers:
-            self._workers.pop().kill()
+            with contextlib.suppress(WorkerLostError):
+                self._workers.pop().end()
         with self._lock:
             left = [*self._futures.values(), *(future for _, future in self._asked)]
             if self._bell is not None:
@@ -122,8 +132,14 @@ class Dispatcher:
         if not ready.done():
             ready.set_exception(closed)
 
-    def _start(self) -> WorkerProcess:
-        return WorkerProcess(self._spec)
+    def _start(self, connect: Callable[[], Link]) -> None:
+        if connect in self._gone:
+            return
+        try:
+            self._workers.append(WorkerProcess(self._spec, connect))
+        except WorkerLostError as error:
+            _tell_lost(error)
+            self._gone.add(connect)
 
     def _accept(self) -> None:
         with self._lock:
@@ -136,22 +152,24 @@ class Dispatcher:
 
     def _assign(self) -> None:
         batch = min(_MAX_BATCH, math.ceil(len(self._waiting) / (4 * len(self._workers))))
-        for slot, worker in enumerate(self._workers):
-            if not worker.jobs and not worker.is_running():  # ended while it was idle: nothing is lost
-                worker.kill()
-                self._workers[slot] = self._start()
+        for worker in list(self._workers):
+            if not worker.jobs and not worker.link.is_running():  # ended while it was idle: nothing is lost
+                self._workers.remove(worker)
+                worker.end()
+                self._start(worker.connect)
             elif worker.ready and not worker.jobs and self._waiting:
                 worker.assign([self._waiting.popleft() for _ in range(min(batch, len(self._waiting)))])
 
     def _turn(self) -> None:
         """Wait for the next answer, question or deadline; collect answers, replace workers that are late or gone."""
         self._wait()
-        for slot, worker in enumerate(self._workers):
+        for worker in list(self._workers):
             worker.flush()
             for index, reply in worker.receive():
+                pulse.beat()
                 self._futures.pop(index).set_result(reply)
             if worker.ended or worker.overdue:
-                self._workers[slot] = self._replace(worker)
+                self._replace(worker)
 
     def _wait(self) -> None:
         deadline = min(worker.deadline for worker in self._workers)
@@ -159,25 +177,34 @@ class Dispatcher:
         poll = select.poll()
         poll.register(self._bell[0], select.POLLIN)
         for worker in self._workers:
-            poll.register(worker.output, select.POLLIN)
+            poll.register(worker.link.output, select.POLLIN)
             if worker.unsent:
-                poll.register(worker.input, select.POLLOUT)
+                poll.register(worker.link.input, select.POLLOUT)
         wait_ms = None if deadline == math.inf else math.ceil(max(0.0, deadline - time.monotonic()) * 1000)
         if any(fd == self._bell[0] for fd, _ in poll.poll(wait_ms)):
             os.read(self._bell[0], 1 << 12)
 
-    def _replace(self, worker: WorkerProcess) -> WorkerProcess:
-        ended = worker.ended
-        busy = not ended and worker.was_busy()
-        code = worker.kill()
+    def _replace(self, worker: WorkerProcess) -> None:
+        self._workers.remove(worker)
+        try:
+            ending, was_busy = worker.end()
+        except WorkerLostError as lost:
+            _tell_lost(lost)
+            self._waiting.extendleft(reversed(worker.jobs))
+            return
         self._failed_starts = 0 if worker.ready else self._failed_starts + 1
         if self._failed_starts > (_MAX_FAILED_STARTS if self._is_up else 0):
-            what = f"ended with code {code}" if ended else "was not ready in time"
+            what = f"ended with code {ending.code}" if worker.ended else "was not ready in time"
             raise RuntimeError(f"a reward worker {what} while starting; what it printed says why")
         if worker.jobs:
             index = worker.jobs.popleft().index
             late = f"scoring took longer than the limit of {self._spec.timeout_s:g} s"
-            error = f"scoring ended the worker, code {code}" if ended else late
-            self._futures.pop(index).set_result(Reply(error=error, timed_out=not ended, was_busy=busy))
+            error = f"scoring ended the worker, code {ending.code}" if worker.ended else late
+            reply = Reply(error=error, timed_out=not worker.ended, was_busy=was_busy and not worker.ended)
+            self._futures.pop(index).set_result(reply)
             self._waiting.extendleft(reversed(worker.jobs))
-        return self._start()
+        self._start(worker.connect)
+
+
+def _tell_lost(error: WorkerLostError) -> None:
+    print(f"a reward worker is lost, others do its work: {error}", file=sys.stderr)

@@ -22,6 +22,7 @@ from megatron_mmrl.rewards.compose import compose, zero_score
 from megatron_mmrl.rewards.dispatch import Dispatcher
 from megatron_mmrl.rewards.process import Reply, WorkerSpec
 from megatron_mmrl.rewards.registry import build_shortcut, check_reward_name, reads_gold, reads_meta, reads_tokens
+from megatron_mmrl.rewards.remote import Endpoint
 from megatron_mmrl.types import Group, Prompt, Response, Score
 
 _CACHE_SIZE = 1 << 16
@@ -39,14 +40,15 @@ class _Verdict:
 class RewardPool:
     """``reward.num_workers`` processes, ready to score when the constructor returns. May be used by any thread.
 
-    The kernel kills the workers when this process ends, however it ends; ``close`` ends them before that.
+    The kernel kills the workers when this process ends, however it ends; ``close`` ends them before that. Workers at
+    ``remote`` endpoints, one for each, come to the same verdicts; losing one costs time only.
 
     Raises:
         ValueError: a term of ``config`` is unknown, cannot be imported or does not take its kwargs.
         RuntimeError: a worker did not start.
     """
 
-    def __init__(self, config: RewardConfig) -> None:
+    def __init__(self, config: RewardConfig, remote: Sequence[Endpoint] = ()) -> None:
         for term in config.terms:
             check_reward_name(term.name)
         self._config = config
@@ -62,7 +64,9 @@ class RewardPool:
         self._asked: dict[bytes, Future[Reply]] = {}
         self._late_once: set[bytes] = set()
         self._timeouts = self._errors = 0
-        self._dispatcher = Dispatcher(worker_spec(config), config.num_workers)
+        self._dispatcher = Dispatcher(
+            worker_spec(config), config.num_workers, [endpoint.connect for endpoint in remote]
+        )
 
     def __enter__(self) -> Self:
         return self
