@@ -30,10 +30,11 @@ test-fast: $(READY)  ## unit tests only, under a minute
 test-full: $(READY)  ## everything
 	@$(PYTEST) tests $(ARGS)
 
-lint: $(READY)  ## style and types
+lint: $(READY)  ## style and types, of the Dockerfile too
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/hadolint Dockerfile
 
 format: $(READY)  ## rewrite the sources in the project's style
 	@$(BIN)/ruff check --fix .
