@@ -13,8 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megatron_mmrl import pulse
 from megatron_mmrl.algorithms.registry import build_algorithm
 from megatron_mmrl.cluster.failure import failure_recorded
+from megatron_mmrl.cluster.plan import own_devices
+from megatron_mmrl.cluster.rollcall.call import call_roll, require_agreement
+from megatron_mmrl.cluster.watchdog import watched
 from megatron_mmrl.config import Config
 from megatron_mmrl.controller.handover import ByName, Handover, WeightPath
 from megatron_mmrl.controller.scoring import Scorer
@@ -26,9 +30,11 @@ from megatron_mmrl.parallel.collectives import Collectives
 from megatron_mmrl.parallel.device import device
 from megatron_mmrl.parallel.layout import ParallelLayout
 from megatron_mmrl.parallel.state import initialize, shutdown
+from megatron_mmrl.reshard.between import planner_of
 from megatron_mmrl.reshard.publish import SharedWeights
-from megatron_mmrl.reshard.session import WeightSession, planner_of
+from megatron_mmrl.reshard.session import WeightSession
 from megatron_mmrl.rewards.pool import RewardPool
+from megatron_mmrl.rewards.remote import KEY, Endpoint, endpoints_of
 from megatron_mmrl.rollout.fleet import EngineFleet
 from megatron_mmrl.rollout.routing import leader_ranks
 from megatron_mmrl.rollout.server_args import EngineModel
@@ -62,6 +68,7 @@ class Machinery:
     algorithm: Algorithm
     sampling: SamplingParams
 
+    @pulse.phase("open data")
     def prompts(self, files: Sequence[str], quarantine: Path, max_rows: int | None = None) -> PromptSource:
         """The prompts of ``files``, or of their first ``max_rows`` rows.
 
@@ -77,11 +84,13 @@ class Machinery:
             exchange=self.exchange,
         )
 
+    @pulse.phase("encode held-out prompts")
     def eval_prompts(self, quarantine: Path) -> list[EncodedPrompt]:
         """The held-out prompts, encoded once; [] when the configuration names none."""
         files, limit = self.config.data.eval_files, self.config.run.max_eval_prompts
         return self.prompts(files, quarantine).all(limit) if files else []
 
+    @pulse.phase("export")
     def export(self, out_dir: Path) -> None:
         """Write the policy as a Hugging Face checkpoint, which appears whole and replaces an older one. Collective."""
         weights = self.policy.weights()
@@ -110,15 +119,22 @@ def machinery(config: Config, scratch: Path) -> Iterator[Machinery]:
         scratch: directory for the engines' model directory and logs, shared by all ranks.
     """
     with ExitStack() as stack, failure_recorded():  # recorded before the clean-up, which may wait for other ranks
-        layout = initialize(config.parallel, config.run.seed)
-        stack.callback(shutdown)
+        stack.callback(shutdown)  # last, after the watchdog has taken leave: rank 0 may serve its store
+        stack.enter_context(watched(config.cluster.timeout_s, scratch))
+        with pulse.phase("join"):
+            layout = initialize(config.parallel, config.run.seed, config.cluster.network_interface)
         exchange = Collectives()
-        processor = Processor(config.model.path, config.data)
-        pool = stack.enter_context(RewardPool(config.reward))
+        if config.cluster.preflight:
+            require_agreement(call_roll(config, exchange), exchange.rank)
+        with pulse.phase("read tokenizer"):
+            processor = Processor(config.model.path, config.data)
+        with pulse.phase("start reward workers"):
+            pool = stack.enter_context(RewardPool(config.reward, _remote_workers(config, exchange)))
         planner = planner_of(config) if config.reshard.method == "in_place" else None
         fleet = _start_fleet(config, processor, exchange, scratch, planner)
         stack.callback(fleet.close)
-        policy = MegatronPolicy(config, _distribution(config, processor), exchange)
+        with pulse.phase("read weights"):
+            policy = MegatronPolicy(config, _distribution(config, processor), exchange)
         yield Machinery(
             config=config,
             layout=layout,
@@ -135,6 +151,16 @@ def machinery(config: Config, scratch: Path) -> Iterator[Machinery]:
         )
 
 
+def _remote_workers(config: Config, exchange: Collectives) -> list[Endpoint]:
+    """This rank's share of the workers that the launcher started elsewhere: leaders score, and so get them all."""
+    leaders = leader_ranks(config.rollout.num_engines, exchange.world_size)
+    workers = []
+    if exchange.rank in leaders:
+        workers = endpoints_of(os.environ, leaders.index(exchange.rank), len(leaders))
+    os.environ.pop(KEY, None)  # no process that this one starts needs it
+    return workers
+
+
 def _weight_path(
     config: Config, policy: MegatronPolicy, fleet: EngineFleet, exchange: Collectives, planner: Planner | None
 ) -> WeightPath:
@@ -144,6 +170,7 @@ def _weight_path(
     return SharedWeights(session, fleet, exchange, policy.finish_updates)
 
 
+@pulse.phase("start engines")
 def _start_fleet(
     config: Config, processor: Processor, exchange: Collectives, scratch: Path, planner: Planner | None
 ) -> EngineFleet:
@@ -182,10 +209,8 @@ def _start_fleet(
 
 def _devices(config: Config, engine: int, planner: Planner | None) -> tuple[int, ...]:
     """GPUs of an engine's node on which its ranks run, in their order."""
-    world = config.parallel.world_size
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    first = engine * (world // config.rollout.num_engines)
-    own = planner.devices[engine] if planner else range(first, first + config.rollout.tensor_parallel_size)
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.world_size))
+    own = planner.devices[engine] if planner else own_devices(config)[engine]
     return tuple(rank % per_node for rank in own)
 
 

@@ -25,12 +25,19 @@ _COMMANDS = {
     "train": "train",
     "eval": "evaluate",
     "convert": "convert",
+    "launch torchrun": "launch_torchrun",
+    "launch slurm": "launch_slurm",
+    "launch ray": "launch_ray",
+    "plan": "plan",
     "data prepare": "data_prepare",
     "data check": "data_check",
     "doctor layout": "doctor_layout",
     "doctor parity": "doctor_parity",
+    "doctor versions": "doctor_versions",
+    "doctor cluster": "doctor_cluster",
 }
 _GROUPS = {
+    "launch": "train over several nodes",
     "data": "turn data sets into the files that a run reads, and look at such files",
     "doctor": "check a layout or a checkpoint before trusting it",
 }

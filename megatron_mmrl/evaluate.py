@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_mmrl import pulse
 from megatron_mmrl.checkpoint.manifest import STATE_FILE
 from megatron_mmrl.checkpoint.output_dir import LOG_DIR
 from megatron_mmrl.cluster.failure import run_rank
@@ -97,6 +98,7 @@ def _values(meta: Mapping[str, object], column: str) -> tuple[str, ...]:
     return tuple(str(item) for item in items if item is not None)
 
 
+@pulse.phase("answer")
 def _answers(
     machine: Machinery, source: PromptSource, options: argparse.Namespace, term: str
 ) -> tuple[list[Tally], dict[str, float]]:

@@ -19,7 +19,7 @@ OTHER_SOURCES = [
     path for folder in ("tools", "examples", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 
-BASE = {"types", "config", "compat", "lifetime", "lru"}
+BASE = {"types", "config", "compat", "lifetime", "lru", "pulse"}
 # Package (or top-level module) -> what of ours it may import besides itself. Not listed: it composes, and may all.
 MAY_IMPORT = {
     "types": set(),
@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "compat": set(),
     "lifetime": set(),
     "lru": set(),
+    "pulse": set(),
     "algorithms": BASE,
     "rewards": BASE,
     "data": BASE,
@@ -35,6 +36,7 @@ MAY_IMPORT = {
     "parallel": {"config", "compat"},
     "models": BASE | {"parallel"},
     "reshard": BASE | {"parallel", "models", "rollout.engine"},
+    "memory": BASE | {"parallel", "models", "reshard", "trainer.plan"},
     "checkpoint": BASE | {"parallel", "models", "reshard"},
     "trainer": BASE | {"parallel", "models", "algorithms", "reshard.memory", "reshard.reference"},
     "controller": BASE | {"algorithms", "rollout.engine", "trainer.packing", "trainer.sequences"},
@@ -51,7 +53,7 @@ MAY_LOAD = {
     "math_verify": ("rewards.mathematics", "rewards.legacy"),
     "sklearn": ("data.digits",),
     "matplotlib": ("metrics",),
-    "rich": ("metrics", "doctor"),
+    "rich": ("metrics", "doctor", "memory.report"),
     "tensorboard": ("metrics",),
     "wandb": ("metrics",),
 }
@@ -62,10 +64,12 @@ TORCH_FREE = (
     "",
     ".config",
     ".types",
+    ".pulse",
     ".rewards",
     ".rewards.registry",
     ".algorithms.registry",
     ".parallel.layout",
+    ".memory.search",
     ".cli",
 )
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from megatron_mmrl import pulse
 from megatron_mmrl.checkpoint.manifest import (
     MANIFEST_FILE,
     CheckpointError,
@@ -108,6 +109,7 @@ class CheckpointManager:
             raise CheckpointError(f"no rank wrote anything into {parts}")
         mine = {}
         for name in names[collectives.rank :: collectives.world_size]:
+            pulse.beat()
             fsync(parts / name)
             mine[name] = describe(parts / name)
         return {name: entry for share in collectives.all_gather(mine) for name, entry in share.items()}
@@ -118,6 +120,7 @@ class CheckpointManager:
         except CheckpointError as error:
             return str(error)
         for name in sorted(files)[self._collectives.rank :: self._collectives.world_size]:
+            pulse.beat()
             found = describe(path / name)
             if found != files[name]:
                 return f"{path / name} has hash {found.xxh3_128}, its manifest says {files[name].xxh3_128}"

@@ -31,6 +31,8 @@ FREE_TO_CHANGE = frozenset(
         "rollout.startup_timeout_s",
     }
 )
+# Sections that say how a run is started and watched, not what it computes.
+_FREE_SECTIONS = ("cluster.",)
 
 
 def claim_output_dir(config: Config) -> None:
@@ -62,20 +64,20 @@ def _refuse_another_run(config: Config, directory: Path) -> None:
         earlier = load_config(directory / CONFIG_FILE)
     except ConfigError as error:
         raise ConfigError(f"run.output_dir={directory} holds a run that cannot be read: {error}") from error
-    was, now = dict(_settings(earlier)), dict(_settings(config))
+    was, now = dict(settings_of(earlier)), dict(settings_of(config))
     for key, value in now.items():
-        if key not in FREE_TO_CHANGE and was[key] != value:
+        if key not in FREE_TO_CHANGE and not key.startswith(_FREE_SECTIONS) and was[key] != value:
             raise ConfigError(
                 f"run.output_dir={directory} holds another run: {key} is {shown(was[key])} there and {shown(value)} "
                 "now; use another directory, or the same settings to continue that run"
             )
 
 
-def _settings(part: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+def settings_of(part: object, prefix: str = "") -> Iterator[tuple[str, object]]:
     """Dotted keys with their values, in the order of the dataclasses."""
     for field in fields(part):  # type: ignore[arg-type]
         value = getattr(part, field.name)
         if is_dataclass(value):
-            yield from _settings(value, f"{prefix}{field.name}.")
+            yield from settings_of(value, f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}", value

@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,16 +28,18 @@ from megatron_mmrl.cluster.failure import (
     FAILURE_DIR,
     LAUNCHER_PID,
     Failure,
+    death,
     first_cause,
-    forget_failures,
+    forget_ends,
     read_failures,
 )
+from megatron_mmrl.cluster.stop import ASKING, EXIT_REQUEUE, ask, requests_held
 from megatron_mmrl.lifetime import adopt_orphans, kill_descendants
 
 GRACE_S = 5.0  # between SIGTERM and SIGKILL
 _LOOK_EVERY_S = 0.2
 _SETTLE_S = 0.3  # after a first failure: time for the rank that caused it to write down why
-_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,25 +50,33 @@ class End:
     exit_code: int = 0
 
 
-def run_ranks(module: str, args: Sequence[str], world_size: int, log_dir: Path) -> int:
+def run_ranks(module: str, args: Sequence[str], world_size: int, log_dir: Path, *, can_save: bool = False) -> int:
     """Run ``python -m module *args`` as ``world_size`` ranks; return the exit code of the whole.
 
     To be called from the main thread of a process that has nothing else to do: on return, no descendant of this
     process is left, whatever happened. If the run failed or was interrupted, the last line on standard error is the
     cause: the rank that failed first and its exception, or the signal.
 
+    Args:
+        module: what each rank runs; its ``__main__`` calls ``run_rank``.
+        args: its command line.
+        world_size: number of ranks.
+        log_dir: made if missing.
+        can_save: the ranks save and leave when asked to; then SIGTERM or SIGUSR1 is passed on to them, and only a
+            second one ends them at once. SIGINT and SIGHUP always do.
+
     Returns:
-        0 when all ranks returned 0; 128 + signal number when interrupted; 2 when a rank refused the configuration;
-        1 otherwise.
+        0 when all ranks returned 0; EXIT_REQUEUE when they saved because they were asked to stop; 128 + signal number
+        when interrupted; 2 when a rank refused the configuration; 1 otherwise.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
-    forget_failures(log_dir)
+    forget_ends(log_dir, range(world_size))
     adopt_orphans()
     with _Signals() as signals, socket.create_server(("127.0.0.1", 0)) as listener:
         ranks = _start(module, args, rank_environments(world_size, listener.getsockname()[1], log_dir), log_dir)
         try:
             store = _serve_store(listener)
-            end = _watch(ranks, signals, log_dir)
+            end = _watch(ranks, signals, log_dir, can_save=can_save)
             _stop(ranks, signals)
             del store  # served the ranks until here
         finally:
@@ -103,6 +114,7 @@ class _Signals(AbstractContextManager["_Signals"]):
     """Signals as values to wait for, instead of interruptions at any line. Restores the handlers at the end."""
 
     def __enter__(self) -> _Signals:
+        self._arrived: deque[int] = deque()
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
@@ -119,11 +131,13 @@ class _Signals(AbstractContextManager["_Signals"]):
         self._writer.close()
 
     def wait(self, timeout_s: float) -> int | None:
-        """The number of an interrupt that has arrived; None when a child changed state or time is up."""
-        if not select.select([self._reader], [], [], timeout_s)[0]:
-            return None
-        arrived = self._reader.recv(4096)  # one byte per signal: its number
-        return next((number for number in arrived if number in _INTERRUPTS), None)
+        """The number of the next interrupt that has arrived; None when a child changed state or time is up."""
+        if not self._arrived and select.select([self._reader], [], [], timeout_s)[0]:
+            self._arrived.extend(self._reader.recv(4096))  # one byte per signal: its number
+        while self._arrived:
+            if (number := self._arrived.popleft()) in _INTERRUPTS:
+                return number
+        return None
 
 
 def _start(
@@ -131,7 +145,7 @@ def _start(
 ) -> list[subprocess.Popen[bytes]]:
     ranks = []
     for rank, environment in enumerate(environments):
-        with (log_dir / f"rank{rank}.log").open("ab") as log:
+        with (log_dir / f"rank{rank}.log").open("ab") as log, requests_held():
             ranks.append(
                 subprocess.Popen(
                     [sys.executable, "-m", module, *args],
@@ -153,17 +167,25 @@ def _serve_store(listener: socket.socket) -> object:
     return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(listener.fileno()))
 
 
-def _watch(ranks: Sequence[subprocess.Popen[bytes]], signals: _Signals, log_dir: Path) -> End:
+def _watch(ranks: Sequence[subprocess.Popen[bytes]], signals: _Signals, log_dir: Path, *, can_save: bool) -> End:
     """Wait until all ranks are done, one has failed, or a signal asks for the end."""
+    ends_well = (0, EXIT_REQUEUE) if can_save else (0,)
     while True:
         interrupt = signals.wait(_LOOK_EVERY_S)
-        if interrupt is not None:
+        if interrupt in ASKING and can_save:
+            can_save = False  # a second request ends the run at once
+            print("asked to stop: saving at the end of this step; a second signal ends the run now", file=sys.stderr)
+            for rank in ranks:
+                if rank.poll() is None:
+                    ask(rank.pid)
+        elif interrupt is not None:
             return End(message=f"interrupted ({signal.Signals(interrupt).name})", exit_code=128 + interrupt)
-        if all(rank.poll() == 0 for rank in ranks):
-            return End()
-        if any(rank.poll() for rank in ranks) or read_failures(log_dir):
+        codes = [rank.poll() for rank in ranks]
+        if all(code in ends_well for code in codes):
+            return End(exit_code=EXIT_REQUEUE if EXIT_REQUEUE in codes else 0)
+        if any(code not in (None, *ends_well) for code in codes) or read_failures(log_dir):
             cause = _find_cause(ranks, log_dir)
-            return End(message=f"error: {cause}", exit_code=cause.exit_code)
+            return End(message=cause.report, exit_code=cause.exit_code)
 
 
 def _find_cause(ranks: Sequence[subprocess.Popen[bytes]], log_dir: Path) -> Failure:
@@ -173,8 +195,7 @@ def _find_cause(ranks: Sequence[subprocess.Popen[bytes]], log_dir: Path) -> Fail
         for rank, process in enumerate(ranks):
             code = process.poll()
             if code and rank not in deaths:
-                how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-                deaths[rank] = Failure(time=time.time(), rank=rank, type="", message=how)
+                deaths[rank] = death(rank, code)
         if time.monotonic() > deadline:
             break
         time.sleep(0.02)

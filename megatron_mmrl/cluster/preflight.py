@@ -18,12 +18,13 @@ from megatron_mmrl.rewards.check import check_rewards
 _RAW = (".json", ".jsonl", ".ndjson", ".csv", ".arrow")  # what ``mmrl data prepare`` reads besides parquet
 
 
-def preflight(config: Config, *, need: Literal["train_files", "eval_files"] = "train_files") -> None:
+def preflight(config: Config, *, need: Literal["train_files", "eval_files"] | None = "train_files") -> None:
     """Check what the configuration names: the model and its layout, data files, rewards, the algorithm.
 
     Args:
         config: the run's configuration.
-        need: the key under ``data.`` that must name at least one file. An evaluation does not look at train_files.
+        need: the key under ``data.`` that must name at least one file. An evaluation does not look at train_files,
+            and with None no file of data is looked at.
 
     Raises:
         ConfigError: names the key, what was found and what would work.
@@ -41,7 +42,8 @@ def preflight(config: Config, *, need: Literal["train_files", "eval_files"] = "t
     except ValueError as error:
         raise ConfigError(str(error)) from error
     _check_format(config.data.format)
-    _check_files(config, need)
+    if need is not None:
+        _check_files(config, need)
 
 
 def read_model_config(path: str) -> Mapping[str, Any]:

@@ -29,8 +29,8 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, metavar="F", help="YAML file")
 
 
-def start(module: str, arguments: Sequence[str], config: Config, log_dir: Path) -> int:
+def start(module: str, arguments: Sequence[str], config: Config, log_dir: Path, *, can_save: bool = False) -> int:
     """Run ``python -m module arguments`` on all ranks of ``config`` on this machine; return the exit code."""
     from megatron_mmrl.cluster.local import run_ranks
 
-    return run_ranks(module, list(arguments), config.parallel.world_size, log_dir)
+    return run_ranks(module, list(arguments), config.parallel.world_size, log_dir, can_save=can_save)

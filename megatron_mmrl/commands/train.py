@@ -46,7 +46,7 @@ def train(config_file: Path, overrides: Sequence[str], *, dry_run: bool = False)
         print(dump_config(config) + _describe_layout(config), end="")
         return 0
     arguments = ["--config", str(config_file), *overrides]
-    return start("megatron_mmrl.train", arguments, config, Path(config.run.output_dir) / LOG_DIR)
+    return start("megatron_mmrl.train", arguments, config, Path(config.run.output_dir) / LOG_DIR, can_save=True)
 
 
 def _describe_layout(config: Config) -> str:

@@ -24,8 +24,8 @@ class ParallelConfig:
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
-    timeout_s: int = 600
-    """A collective that takes longer ends the run."""
+    timeout_s: int = 3600
+    """A collective that takes longer ends the run. Keep it above cluster.timeout_s, which says whose fault it is."""
 
     def __post_init__(self) -> None:
         for key in ("tensor_model", "pipeline_model", "context", "data"):

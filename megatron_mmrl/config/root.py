@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from megatron_mmrl.config.algorithm import AlgorithmConfig
 from megatron_mmrl.config.checks import require
+from megatron_mmrl.config.cluster import ClusterConfig
 from megatron_mmrl.config.data import DataConfig
 from megatron_mmrl.config.model import ModelConfig
 from megatron_mmrl.config.optim import OptimConfig
@@ -33,6 +34,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
         world, engines = self.parallel.world_size, self.rollout.num_engines

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from megatron_mmrl import pulse
+
 if TYPE_CHECKING:
     from megatron_mmrl.controller.parts import Fleet, Policy
 
@@ -98,5 +100,6 @@ class Handover:
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with pulse.phase(name):
+            yield
         self._seconds[name] += time.perf_counter() - start

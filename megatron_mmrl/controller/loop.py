@@ -10,14 +10,17 @@ from megatron_mmrl.controller.stats import check_mismatch, rollout_stats, update
 from megatron_mmrl.trainer.sequences import sequences_of
 
 
-def train(parts: Parts) -> None:
-    """Train from the step after ``start_step`` to the last; row n of the metrics describes step n, row 0 the start."""
+def train(parts: Parts) -> int:
+    """Train from the step after ``start_step`` to the last, or to the end of the step in which a stop was asked for.
+
+    Row n of the metrics describes step n, row 0 the start. Returns the number of steps done.
+    """
     cfg, policy, log = parts.config, parts.policy, parts.log
     step = parts.start_step
     parts.handover.publish(step)  # pi_old <- pi_theta
     if step == 0 and cfg.run.evaluate_before_training:
         log.write(0, evaluate(parts, step=0))
-    while step < parts.num_steps:
+    while step < parts.num_steps and not parts.stop_requested():
         step += 1
         with log.time("step"):
             rollout = collect(parts, step)  # q ~ D, o_i ~ pi_old(.|q), r_i = R(q, o_i)
@@ -39,3 +42,4 @@ def train(parts: Parts) -> None:
         log.write(step, stats | (evaluate(parts, step) if parts.evaluation_due(step) else {}))
         check_mismatch(stats, cfg.algorithm.max_mismatch, step)
         parts.save_if_due(step)
+    return step

@@ -142,10 +142,15 @@ class Parts:
     num_steps: int
     start_step: int  # steps already done, 0 for a new run
     save: Callable[[int], None]  # writes a checkpoint of this step
+    stop_asked: Callable[[], bool]  # whether this rank was asked to stop
 
     def evaluation_due(self, step: int) -> bool:
         every = self.config.run.evaluate_every
         return step == self.num_steps or (every > 0 and step % every == 0)
+
+    def stop_requested(self) -> bool:
+        """Whether any rank was asked to stop; all ranks agree, for they end their last step together."""
+        return any(self.exchange.all_gather(self.stop_asked()))
 
     def refresh_reference_if_due(self, step: int) -> None:
         every = self.config.algorithm.reference_refresh_every

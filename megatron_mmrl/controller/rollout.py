@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_mmrl import pulse
 from megatron_mmrl.types import Group
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Rollout:
 
 def collect(parts: Parts, step: int) -> Rollout:
     """q ~ D, o_i ~ pi_old(. | q), r_i = R(q, o_i), until the step has its groups or may not ask again. Collective."""
+    pulse.at_step(step)
     wanted, sampling = parts.config.rollout.prompts_per_step, parts.config.algorithm.dynamic_sampling
     max_rounds, oversample = (sampling.max_rounds, sampling.oversample) if sampling.enabled else (1, 1.0)
     generated: list[Group] = []

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_mmrl import pulse
 from megatron_mmrl.algorithms.supervised import supervised_loss
 from megatron_mmrl.controller.batches import minibatches
 from megatron_mmrl.trainer.sequences import supervised_sequences
@@ -26,6 +27,7 @@ def warm_up(parts: Parts, encode_solution: Callable[[str], Sequence[int]]) -> No
     """
     cfg = parts.config.supervised
     for step in range(1, cfg.num_steps + 1):
+        pulse.at_step(step)
         prompts = parts.prompts.next(cfg.batch_sequences)
         targets = [np.array(encode_solution(_solution(prompt)), dtype=np.int64) for prompt in prompts]
         with parts.log.time("update"):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_mmrl import pulse
 from megatron_mmrl.config.data import DataConfig
 from megatron_mmrl.data.dataset import PromptDataset
 from megatron_mmrl.data.errors import BadPromptError, BadRowError, PromptTooLongError
@@ -119,6 +120,7 @@ class PromptSource:
         outcomes = self._processor.images.process_all(images, self._exchange)
         encoded = []
         for row in usable:
+            pulse.beat()
             try:
                 encoded.append(self._processor.encode(prompts[row], outcomes))
             except BadPromptError as error:
@@ -133,6 +135,7 @@ class PromptSource:
         prompts: dict[int, Prompt] = {}
         refused: dict[int, Refusal] = {}
         for row in rows:
+            pulse.beat()
             try:
                 prompts[row] = self._dataset.prompt(row)
             except BadRowError as error:

@@ -42,6 +42,7 @@ def _torch_spec(num_layers: int) -> TransformerBlockSubmodules:
 
 
 def _transformer_engine_spec(num_layers: int) -> TransformerBlockSubmodules:
+    import transformer_engine.pytorch  # noqa: F401  # Megatron would go on without one that was built for another torch
     from megatron.core.extensions.transformer_engine import (
         TEDotProductAttention,
         TELayerNormColumnParallelLinear,

@@ -16,18 +16,18 @@ from megatron_mmrl.config.parallel import ParallelConfig
 from megatron_mmrl.parallel import cpu_stand_ins
 from megatron_mmrl.parallel.device import backend, device, on_cuda
 from megatron_mmrl.parallel.layout import ParallelLayout
+from megatron_mmrl.parallel.network import interface_towards, only_meant_here
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-
-def initialize(parallel: ParallelConfig, seed: int) -> ParallelLayout:
+def initialize(parallel: ParallelConfig, seed: int, network_interface: str | None = None) -> ParallelLayout:
     """Join the world, build Megatron's groups, seed every generator.
 
     Reads ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT``; without them this process is a world of its
-    own and opens no port. ``seed`` is the run's seed, equal on every rank.
+    own and opens no port. ``seed`` is the run's seed, equal on every rank. ``network_interface`` is for connections
+    between nodes; unset: the one that leads to ``MASTER_ADDR``. ``GLOO_SOCKET_IFNAME`` and ``NCCL_SOCKET_IFNAME`` win.
 
     Raises:
-        ValueError: ``WORLD_SIZE`` is not the product of the parallel sizes.
+        ValueError: ``WORLD_SIZE`` is not the product of the parallel sizes, or nothing leads to ``MASTER_ADDR``.
     """
     layout = ParallelLayout.from_config(parallel)
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -40,7 +40,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> ParallelLayout:
     if on_cuda():
         torch.cuda.set_device(device())
     timeout = timedelta(seconds=parallel.timeout_s)
-    _join_world(world, timeout)
+    _join_world(world, timeout, network_interface)
     cpu_stand_ins.install()
     _build_megatron_groups(parallel, timeout)
     _seed(seed)
@@ -60,6 +60,19 @@ def initialize_alone(parallel: ParallelConfig, rank: int) -> None:
     _seed(0)
 
 
+def communication_groups() -> dict[str, dist.ProcessGroup]:
+    """This rank's groups by the name of what they share, those of one rank left out."""
+    from megatron.core import parallel_state
+
+    groups = {
+        "tensor": parallel_state.get_tensor_model_parallel_group(),
+        "context": parallel_state.get_context_parallel_group(),
+        "data": parallel_state.get_data_parallel_group(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_group(),
+    }
+    return {name: group for name, group in groups.items() if group.size() > 1}
+
+
 def shutdown() -> None:
     """Leave the world; safe to call twice. A gloo process that ends without this may abort."""
     if not dist.is_initialized():
@@ -70,14 +83,26 @@ def shutdown() -> None:
     dist.destroy_process_group()
 
 
-def _join_world(world: int, timeout: timedelta) -> None:
+def _join_world(world: int, timeout: timedelta, network_interface: str | None) -> None:
     if "RANK" not in os.environ:
         dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=world, timeout=timeout)
         return
-    if os.environ["MASTER_ADDR"] in _LOOPBACK and "lo" in (name for _, name in socket.if_nameindex()):
-        # All ranks are on this machine: gloo must not listen on an outer interface.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # By itself gloo asks what this host's name stands for, which other hosts may not reach, or all the world may.
+    interface = network_interface or os.environ.get("GLOO_SOCKET_IFNAME") or _interface_to_master(world)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # NCCL takes a bare name for a prefix
     dist.init_process_group(backend(), timeout=timeout)
+
+
+def _interface_to_master(world: int) -> str:
+    master = os.environ["MASTER_ADDR"]
+    interface = interface_towards(master)
+    require(
+        world == int(os.environ.get("LOCAL_WORLD_SIZE", world)) or not only_meant_here(master),
+        f"MASTER_ADDR={master} stands for loopback on {socket.gethostname()} (/etc/hosts), where other nodes reach "
+        "nothing; give node 0's address, or name its interface in cluster.network_interface",
+    )
+    return interface
 
 
 def _build_megatron_groups(parallel: ParallelConfig, timeout: timedelta, *, gloo_groups: bool = True) -> None:

@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 
 import aiohttp
 
+from megatron_mmrl import pulse
 from megatron_mmrl.rollout.engine import EngineError
 from megatron_mmrl.rollout.server_args import Endpoint
 
@@ -97,7 +98,9 @@ class EngineHttp:
         slots = asyncio.Semaphore(_MAX_CONNECTIONS)
 
         async def run(number: int, call: Call) -> T:
-            return read(number, await self._run(call, slots))
+            answer = await self._run(call, slots)
+            pulse.beat()
+            return read(number, answer)
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -144,12 +147,16 @@ class EngineHttp:
         """Run on the loop's thread and wait, looking whether the engine still lives."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
-            while True:
-                try:
-                    return future.result(_POLL_S)
-                except concurrent.futures.TimeoutError:
-                    if future.done():
-                        raise
-                    self._raise_if_ended(what)
+            with pulse.limited_wait(self._timeout_s):
+                return self._poll(future, what)
         finally:
             future.cancel()
+
+    def _poll(self, future: concurrent.futures.Future[T], what: str) -> T:
+        while True:
+            try:
+                return future.result(_POLL_S)
+            except concurrent.futures.TimeoutError:
+                if future.done():
+                    raise
+                self._raise_if_ended(what)

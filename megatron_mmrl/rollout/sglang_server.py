@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from megatron_mmrl import pulse
 from megatron_mmrl.config.rollout import RolloutConfig
 from megatron_mmrl.rollout.engine import EngineDiedError, EngineError
 from megatron_mmrl.rollout.launch_settings import LaunchSettings, write_settings
@@ -58,17 +59,19 @@ class ServerProcess:
         Raises:
             EngineError: the server ended, or did not answer in time; with the end of its log.
         """
-        while not self._ready:
-            self.check_alive()
-            self._ready = self._answers()
-            if not self._ready and time.monotonic() > self._deadline:
-                raise EngineError(
-                    f"the engine did not answer within startup_timeout_s={self._startup_timeout_s}; {self._log_tail()}"
-                )
-            if self._ready:
-                self._tidy_up_start()
-            else:
+        if self._ready:
+            return
+        with pulse.phase("engine start"), pulse.limited_wait(self._startup_timeout_s):
+            while not self._answers():
+                self.check_alive()
+                if time.monotonic() > self._deadline:
+                    raise EngineError(
+                        f"the engine did not answer within startup_timeout_s={self._startup_timeout_s}; "
+                        f"{self._log_tail()}"
+                    )
                 time.sleep(0.1)
+        self._ready = True
+        self._tidy_up_start()
 
     def check_alive(self) -> None:
         """Raise EngineDiedError, with the end of the log, when the server has ended."""

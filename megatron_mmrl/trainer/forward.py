@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 
+from megatron_mmrl import pulse
 from megatron_mmrl.parallel.attention import pack
 from megatron_mmrl.parallel.context import assemble, held_tokens
 from megatron_mmrl.parallel.device import device
@@ -70,6 +71,7 @@ def run_schedule(
     rows = first.num_rows or 1
 
     def step(iterator: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        pulse.beat()
         batch = next(iterator)
         reads_images = get_attr_wrapped_model(chunk, "pre_process")
         return chunk(**model_inputs(batch, reads_images=reads_images)), partial(finish, batch, chunk)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from megatron_mmrl.cluster.failure import failure_recorded, run_rank
+from megatron_mmrl.cluster.stop import EXIT_REQUEUE, StopRequest
 
 ENGINE = """
 import sys, time
@@ -35,6 +36,8 @@ def main() -> int:
     (directory / f"pid-engine{rank}").write_text(str(engine.pid))
     wait_for(directory, "ready-*", world_size)
     print(f"rank {rank} is up", flush=True)
+    if action == "save":
+        return save_when_asked(directory)
     if action == "finish":
         return 0
     if action == "deaf":  # a rank stuck in a collective: SIGTERM does not reach its Python code
@@ -42,6 +45,17 @@ def main() -> int:
     act(action, directory, is_actor=rank == actor)
     time.sleep(600)
     return 0
+
+
+def save_when_asked(directory: Path) -> int:
+    """Listen only once ``directory``/listen is there, and end the "step" with ``directory``/step-ends."""
+    wait_for(directory, "listen", 1)
+    stop = StopRequest()
+    stop.listen(to_sigterm=False)
+    while not stop.asked:
+        time.sleep(0.02)
+    wait_for(directory, "step-ends", 1)
+    return EXIT_REQUEUE
 
 
 def act(action: str, directory: Path, *, is_actor: bool) -> None:

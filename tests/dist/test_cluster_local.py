@@ -14,13 +14,16 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_mmrl.cluster.stop import EXIT_REQUEUE
+
 HERE = Path(__file__).parent
 DRIVER = """
 import sys
 from pathlib import Path
 from megatron_mmrl.cluster.local import run_ranks
 directory, action, actor = sys.argv[1:]
-sys.exit(run_ranks("launcher_dummy", [directory, action, actor], 2, Path(directory) / "logs"))
+logs = Path(directory) / "logs"
+sys.exit(run_ranks("launcher_dummy", [directory, action, actor], 2, logs, can_save=action == "save"))
 """
 NAMES = ("rank0", "rank1", "engine0", "engine1")
 
@@ -47,10 +50,13 @@ class Run:
         out, err = self.launcher.communicate(timeout=20)
         return self.launcher.returncode, out, err.splitlines()
 
+    def survivors_now(self) -> list[str]:
+        return [name for name, pid in self.pids().items() if is_running(pid)]
+
     def survivors(self) -> list[str]:
         """Who is still there 10 s after the launcher ended."""
         deadline = time.monotonic() + 10
-        while (left := [name for name, pid in self.pids().items() if is_running(pid)]) and time.monotonic() < deadline:
+        while (left := self.survivors_now()) and time.monotonic() < deadline:
             time.sleep(0.05)
         return left
 
@@ -125,6 +131,33 @@ def test_an_interrupt_ends_everything(start: Callable[..., Run], number: signal.
     os.killpg(run.launcher.pid, number)  # as a terminal does: to the whole foreground process group
     code, _, err = run.finish()
     assert (code, err[-1]) == (exit_code, f"interrupted ({number.name})")
+    assert run.survivors() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_request_reaches_ranks_that_do_not_listen_yet(start: Callable[..., Run], number: signal.Signals) -> None:
+    run = start("save")
+    run.wait_until_up()
+    run.launcher.send_signal(number)
+    time.sleep(0.5)  # the launcher has passed it on by now; a rank that was not protected would be dead
+    assert run.survivors_now() == list(NAMES)
+    (run.directory / "listen").touch()
+    (run.directory / "step-ends").touch()
+    code, _, err = run.finish()
+    assert (code, len(err)) == (EXIT_REQUEUE, 1), err
+    assert "saving at the end of this step" in err[0]
+    assert run.survivors() == []
+
+
+def test_a_second_request_ends_a_run_that_does_not_come_to_its_end(start: Callable[..., Run]) -> None:
+    run = start("save")
+    run.wait_until_up()
+    (run.directory / "listen").touch()
+    for _ in range(2):
+        run.launcher.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+    code, _, err = run.finish()
+    assert (code, err[-1]) == (143, "interrupted (SIGTERM)")
     assert run.survivors() == []
 
 

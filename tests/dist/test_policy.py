@@ -15,6 +15,7 @@ from megatron_mmrl.types import TrainSequence, UpdateStats
 from tests.dist.launch import RankFailedError, run_ranks
 from tests.dist.policy_case import BASE, build, config_of, make_sequences
 
+
 def two_updates(config: Config) -> dict[str, object]:
     """Log-probs before, statistics of two updates, and the weights after them."""
     from megatron_mmrl.parallel.state import shutdown

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_mmrl.data.digits import DigitsOptions
 from megatron_mmrl.quickstart import prepare
-from tests.e2e.run import Run, train
+from tests.e2e.run import TWO_RANKS, Run, train
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +23,9 @@ def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def golden_run(work_dir: Path) -> Run:
     """Five deterministic steps at the quickstart's layout (TP 2 with sequence parallelism)."""
     return train(work_dir, "golden")
+
+
+@pytest.fixture(scope="session")
+def two_rank_run(work_dir: Path) -> Run:
+    """Three deterministic steps of two data-parallel ranks with an engine each, all on this host."""
+    return train(work_dir, "two_ranks", TWO_RANKS)

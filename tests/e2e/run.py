@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,14 @@ SMALL = (
     "optim.warmup_updates=2",
     "optim.lr=1e-3",
 )
+# A layout that can be one rank to a node.
+TWO_RANKS = (
+    "parallel.tensor_model_parallel_size=1",
+    "parallel.sequence_parallel=false",
+    "parallel.data_parallel_size=2",
+    "rollout.num_engines=2",
+    "run.num_steps=3",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +58,12 @@ class Run:
 
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def untimed(rows: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """What a repetition of the run gives again, bit for bit: all but what a clock measured."""
+    clocked = ("time/", "tokens_per_second", "straggler/")
+    return [{key: value for key, value in row.items() if not key.startswith(clocked)} for row in rows]
 
 
 def command(subcommand: str, *arguments: str) -> list[str]:

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.e2e.run import SMALL, command, environment
+from megatron_mmrl.cluster.stop import EXIT_REQUEUE
+from tests.e2e.run import SMALL, Run, command, environment, read_jsonl, train, untimed
 
 SECONDS_TO_END = 15.0
 
@@ -74,3 +75,34 @@ def test_everything_ends(
     assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
     listening = {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
     assert not listening & set(ports)
+
+
+def test_asked_to_stop_a_run_saves_and_continues_as_if_it_had_not(work_dir: Path, golden_run: Run) -> None:
+    process = start(work_dir, "asked")
+    family = descendants(process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == EXIT_REQUEUE, errors
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+    path = work_dir / "runs" / "asked"
+    last = read_jsonl(path / "metrics.jsonl")[-1]["step"]
+    assert last < 5
+    assert (path / "checkpoints" / f"step_{last:.0f}" / "manifest.json").exists()
+    assert not (path / "hf").exists()
+    run = train(work_dir, "asked", ("run.resume=auto",))
+    assert untimed(run.rows) == untimed(golden_run.rows)
+
+
+@pytest.mark.full
+def test_a_stopped_rank_ends_the_run_and_is_named(work_dir: Path) -> None:
+    process = start(work_dir, "stopped", "cluster.timeout_s=30")
+    family = descendants(process)
+    rank = [child for child in family if "megatron_mmrl.train" in " ".join(child.cmdline())][-1]
+    rank.suspend()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert errors.splitlines()[-1].startswith("error: rank 1: StalledError: has not answered for"), errors
+    assert "rank 0 on" in errors  # the table
+    assert "all_gather" in (work_dir / "runs" / "stopped" / "logs" / "stacks-rank0.txt").read_text()
+    assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]

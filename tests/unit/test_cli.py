@@ -19,7 +19,7 @@ HF_CONFIG = {
     "num_hidden_layers": 4,
     "vision_config": {"num_heads": 4},
 }
-Started = list[tuple[str, list[str], int, Path]]
+Started = list[tuple[str, list[str], int, Path, bool]]
 
 
 @pytest.fixture
@@ -38,8 +38,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
     """What would have been started."""
     calls: Started = []
 
-    def run_ranks(module: str, args: list[str], world_size: int, log_dir: Path) -> int:
-        calls.append((module, args, world_size, log_dir))
+    def run_ranks(module: str, args: list[str], world_size: int, log_dir: Path, *, can_save: bool) -> int:
+        calls.append((module, args, world_size, log_dir, can_save))
         return 7
 
     monkeypatch.setattr(local, "run_ranks", run_ranks)
@@ -49,7 +49,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
 def test_train_starts_as_many_ranks_as_the_parallel_sizes_say(config: str, started: Started) -> None:
     size = ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]
     assert cli.main(["train", size[0], "--config", config, size[1]]) == 7
-    assert started == [("megatron_mmrl.train", ["--config", config, *size], 4, Path("runs/default/logs"))]
+    assert started == [("megatron_mmrl.train", ["--config", config, *size], 4, Path("runs/default/logs"), True)]
 
 
 def test_eval_passes_the_checkpoint_on(config: str, started: Started) -> None:
@@ -57,7 +57,7 @@ def test_eval_passes_the_checkpoint_on(config: str, started: Started) -> None:
     override = "data.eval_files=[test.parquet]"
     assert cli.main(["eval", "--config", config, "--checkpoint", "model", override]) == 7
     args = ["--config", config, "--checkpoint", "model", override]
-    assert started == [("megatron_mmrl.evaluate", args, 1, Path("runs/default/logs/eval"))]
+    assert started == [("megatron_mmrl.evaluate", args, 1, Path("runs/default/logs/eval"), False)]
 
 
 @pytest.mark.parametrize(

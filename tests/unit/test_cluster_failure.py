@@ -14,7 +14,7 @@ from megatron_mmrl.cluster.failure import (
     Failure,
     failure_recorded,
     first_cause,
-    forget_failures,
+    forget_ends,
     read_failures,
 )
 from megatron_mmrl.cluster.local import rank_environments
@@ -61,7 +61,7 @@ def test_a_rank_keeps_its_first_exception(tmp_path: Path, monkeypatch: pytest.Mo
     (record,) = read_failures(tmp_path)
     assert (record.rank, record.type, record.message) == (3, "ConfigError", "the first")
     assert 'raise ConfigError("the first")' in record.traceback
-    forget_failures(tmp_path)
+    forget_ends(tmp_path, range(4))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,7 +10,7 @@ from megatron_mmrl.config import Config, ConfigError, dump_config, load_config
 from megatron_mmrl.config.build import known_keys
 
 MODEL = "model: {path: m}\n"
-SECTIONS = "model, run, parallel, data, rollout, reshard, reward, algorithm, optim, trainer, supervised"
+SECTIONS = "model, run, parallel, data, rollout, reshard, reward, algorithm, optim, trainer, supervised, cluster"
 
 
 def load(tmp_path: Path, text: str, *overrides: str) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -29,7 +30,9 @@ class Recorder:
 
     def __init__(self, rewards: Sequence[float]) -> None:
         self.calls: list[str] = []
+        self.last = -1
         self.rows: list[dict] = []
+        self.last = -1
         self.advantages: list[list[float]] = []
         self.batch_sizes: list[int] = []
         self._rewards = rewards
@@ -91,7 +94,12 @@ class Recorder:
 
 
 def run(
-    algorithm: AlgorithmConfig, *, steps: int, rewards: Sequence[float] = (1.0, 0.0), mini_batch: int | None = 4
+    algorithm: AlgorithmConfig,
+    *,
+    steps: int,
+    rewards: Sequence[float] = (1.0, 0.0),
+    mini_batch: int | None = 4,
+    stop_after: float = math.inf,
 ) -> Recorder:
     recorder = Recorder(rewards)
     config = Config(
@@ -105,8 +113,9 @@ def run(
         config=config, policy=recorder, fleet=recorder, scorer=recorder, algorithm=build_algorithm(algorithm),
         packer=recorder, prompts=recorder, eval_prompts=(), sampling=None, handover=recorder, log=recorder,
         exchange=recorder, num_steps=steps, start_step=0, save=lambda step: recorder.calls.append(f"save {step}"),
+        stop_asked=lambda: len(recorder.rows) >= stop_after,
     )  # fmt: skip
-    train(parts)
+    recorder.last = train(parts)
     return recorder
 
 
@@ -138,3 +147,11 @@ def test_a_step_that_keeps_no_group_makes_no_update() -> None:
     assert "update" not in recorder.calls
     assert recorder.rows[0]["updates"] == 0
     assert recorder.rows[0]["sampling/refused"] == 3
+
+
+def test_a_run_that_is_asked_to_stop_ends_its_step_and_starts_no_other() -> None:
+    recorder = run(AlgorithmConfig(), steps=4, stop_after=2)
+    assert recorder.last == len(recorder.rows) == 2
+    assert recorder.calls[-1] == "publish 2"  # the engines have the weights of the step that is kept
+    assert run(AlgorithmConfig(), steps=4, stop_after=0).calls == ["publish 0"]
+    assert run(AlgorithmConfig(), steps=2).last == 2

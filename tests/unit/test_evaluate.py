@@ -45,7 +45,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_a_rank_is_told_what_was_given(config: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[list[str]] = []
-    monkeypatch.setattr(local, "run_ranks", lambda _module, words, *_: told.append(words) or 0)
+    monkeypatch.setattr(local, "run_ranks", lambda _module, words, *_, **_options: told.append(words) or 0)
     given = "--data a.parquet --data b.parquet --samples 4 --temperature 0.6 --top-p 0.9 --by subject --by level"
     more = "--pass-k 2 --pass-k 4 --json r.json --output o.jsonl --correct format --benchmark run.seed=3"
     words = [*config, *given.split(), *more.split()]
