@@ -96,7 +96,7 @@ def test_asked_to_stop_a_run_saves_and_continues_as_if_it_had_not(work_dir: Path
 
 @pytest.mark.full
 def test_a_stopped_rank_ends_the_run_and_is_named(work_dir: Path) -> None:
-    process = start(work_dir, "stopped", "cluster.timeout_s=30")
+    process = start(work_dir, "suspended", "cluster.timeout_s=30")
     family = descendants(process)
     rank = [child for child in family if "megatron_mmrl.train" in " ".join(child.cmdline())][-1]
     rank.suspend()
@@ -104,5 +104,5 @@ def test_a_stopped_rank_ends_the_run_and_is_named(work_dir: Path) -> None:
     assert process.returncode == 1
     assert errors.splitlines()[-1].startswith("error: rank 1: StalledError: has not answered for"), errors
     assert "rank 0 on" in errors  # the table
-    assert "all_gather" in (work_dir / "runs" / "stopped" / "logs" / "stacks-rank0.txt").read_text()
+    assert "all_gather" in (work_dir / "runs" / "suspended" / "logs" / "stacks-rank0.txt").read_text()
     assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
