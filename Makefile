@@ -21,7 +21,7 @@ $(READY): requirements/cpu.txt requirements/cpu-no-deps.txt requirements/dev.txt
 quickstart: $(READY)  ## teach a tiny Qwen2.5-VL to read handwriting, about 10 minutes on 2 cores
 	@$(BIN)/mmrl quickstart $(ARGS)
 
-test: lint  ## style, types and all tests but the longest tables, about 15 minutes on 2 cores
+test: lint  ## style, types and all tests but the longest tables, about 25 minutes on 2 cores
 	@$(PYTEST) -m "not full" tests $(ARGS)
 
 test-fast: $(READY)  ## unit tests only, under a minute
