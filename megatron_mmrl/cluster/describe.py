@@ -17,11 +17,11 @@ def describe(config: Config, plan: LaunchPlan) -> str:
 
 
 def _rank_table(plan: LaunchPlan) -> list[str]:
-    rows = [("rank", "node", "device", "tensor", "pipeline", "context", "data")]
+    rows: list[Sequence[str]] = [("rank", "node", "device", "tensor", "pipeline", "context", "data")]
     for place in plan.ranks:
         at = place.at
         numbers = (place.rank, place.node, place.device, at.tensor, at.pipeline, at.context, at.data)
-        rows.append(tuple(str(number) for number in numbers))  # type: ignore[arg-type]  # as many as the head
+        rows.append([str(number) for number in numbers])
     return _aligned(rows)
 
 

@@ -88,13 +88,8 @@ def run_ranks(module: str, args: Sequence[str], world_size: int, log_dir: Path, 
 
 def rank_environments(world_size: int, port: int, log_dir: Path) -> list[dict[str, str]]:
     """torchrun's variables for each rank, and defaults for what the user has not set."""
-    defaults = {
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // world_size)),
-        "GLOO_SOCKET_IFNAME": "lo",  # one machine: nothing needs to listen beyond loopback
-        "NCCL_SOCKET_IFNAME": "lo",
-        "PYTHONUNBUFFERED": "1",  # a log file shows what led up to a crash
-        "PYTHONFAULTHANDLER": "1",
-    }
+    # One machine: nothing needs to listen beyond loopback.
+    defaults = default_environment(world_size) | {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     shared = {
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
@@ -108,6 +103,15 @@ def rank_environments(world_size: int, port: int, log_dir: Path) -> list[dict[st
     }
     base = defaults | dict(os.environ) | shared
     return [base | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+
+
+def default_environment(ranks_on_node: int) -> dict[str, str]:
+    """For a rank under any launcher, where the user has not set it."""
+    return {
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks_on_node)),
+        "PYTHONUNBUFFERED": "1",  # a log file shows what led up to a crash
+        "PYTHONFAULTHANDLER": "1",
+    }
 
 
 class _Signals(AbstractContextManager["_Signals"]):

@@ -29,6 +29,7 @@ from megatron_mmrl.cluster.failure import (
     forget_ends,
     read_failures,
 )
+from megatron_mmrl.cluster.local import default_environment
 from megatron_mmrl.cluster.plan import Topology
 from megatron_mmrl.cluster.stop import ASKING, EXIT_REQUEUE, ask, requests_held
 from megatron_mmrl.lifetime import adopt_orphans, die_with_parent, kill_descendants
@@ -130,11 +131,7 @@ class Requests:
 
 def environment(share: NodeShare, log_dir: Path) -> dict[str, str]:
     """What the agent and its ranks find in their environment besides what torchrun sets; the user's values stay."""
-    defaults = {
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // share.topology.ranks_per_node)),
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONFAULTHANDLER": "1",
-    }
+    defaults = default_environment(share.topology.ranks_per_node)
     users = {name: os.environ[name] for name in defaults if name in os.environ}
     return defaults | users | {FAILURE_DIR: str(log_dir.resolve()), OUTPUT_TO_FILES: "1"}
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from megatron_mmrl.config.model import ModelConfig
 from megatron_mmrl.config.parallel import ParallelConfig
 from megatron_mmrl.doctor.coverage import Coverage, RankShards, Shard, check_coverage
-from megatron_mmrl.doctor.layout_memory import RankBytes, rank_bytes
+from megatron_mmrl.doctor.layout_memory import rank_bytes
 from megatron_mmrl.doctor.layout_model import hf_shapes
 from megatron_mmrl.doctor.layout_shards import build_rank
+from megatron_mmrl.memory.parameters import ParameterBytes
 from megatron_mmrl.parallel.layout import ParallelLayout
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -35,7 +36,7 @@ class RankKind:
     ranks: tuple[int, ...]
     num_parameters: int
     num_trained: int
-    bytes: RankBytes
+    bytes: ParameterBytes
     layers: tuple[tuple[int, ...], ...]
     """Numbers of the decoder layers, by virtual pipeline stage."""
     parts: tuple[str, ...]

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from megatron_mmrl.memory.model import ITEM_BYTES, DType
-from megatron_mmrl.memory.parameters import GRADIENT_BYTES, STATE_BYTES
+from megatron_mmrl.memory.parameters import GRADIENT_BYTES, STATE_BYTES, ParameterBytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankBytes:
-    """Of one rank; activations and what Megatron rounds its buffers up by come on top."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer
-
-
-def rank_bytes(num_parameters: int, num_trained: int, dtype: DType, optimizer_ranks: int) -> RankBytes:
+def rank_bytes(num_parameters: int, num_trained: int, dtype: DType, optimizer_ranks: int) -> ParameterBytes:
     """Bytes of a rank that holds ``num_parameters`` and trains ``num_trained`` of them.
 
     Weights and float32 gradients are whole on every rank; the distributed optimizer divides its state over the
     ``optimizer_ranks`` that hold the same parameters (data x context).
     """
-    return RankBytes(
+    return ParameterBytes(
         weights=num_parameters * ITEM_BYTES[dtype],
         gradients=num_trained * GRADIENT_BYTES,
         optimizer=-(-num_trained * STATE_BYTES[dtype] // optimizer_ranks),

@@ -50,6 +50,10 @@ class ParameterBytes:
     gradients: int
     optimizer: int
 
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
 
 def stage_parameters(model: ModelConfig, parallel: ParallelConfig) -> tuple[StageParameters, ...]:
     """Of each pipeline stage; ``model.path`` is a directory with a ``config.json``.

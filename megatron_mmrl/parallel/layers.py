@@ -6,6 +6,8 @@ other names (``models/qwen2_5_vl/weights.py`` knows both).
 
 from __future__ import annotations
 
+import importlib
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
@@ -42,7 +44,7 @@ def _torch_spec(num_layers: int) -> TransformerBlockSubmodules:
 
 
 def _transformer_engine_spec(num_layers: int) -> TransformerBlockSubmodules:
-    import transformer_engine.pytorch  # noqa: F401  # Megatron would go on without one that was built for another torch
+    importlib.import_module("transformer_engine.pytorch")  # one built for another torch fails here, and says so
     from megatron.core.extensions.transformer_engine import (
         TEDotProductAttention,
         TELayerNormColumnParallelLinear,

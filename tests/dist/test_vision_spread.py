@@ -12,7 +12,7 @@ from megatron_mmrl.algorithms.registry import build_algorithm
 from megatron_mmrl.config import Config
 from megatron_mmrl.types import TrainSequence
 from tests.dist.launch import run_ranks
-from tests.dist.test_policy import build, config_of
+from tests.dist.policy_case import arbitrary_sequence, build, config_of
 
 # Images of each sequence, by number; several sequences show the same one, as the responses to one prompt do.
 GRIDS = {0: (4, 4), 1: (4, 12), 2: (10, 6), 3: (4, 4)}
@@ -34,17 +34,9 @@ def make_sequences(config: Config, shown: tuple[tuple[int, ...], ...] = SHOWN) -
     for images in shown:
         pads = np.full(sum(PATCHES[number] // 4 for number in images), facts.image_token_id)
         ids = np.concatenate([rng.integers(0, 200, 2), pads, rng.integers(0, 200, 7)])
-        mask = np.arange(len(ids)) >= len(ids) - 4
-        sequences.append(
-            TrainSequence(
-                ids=ids,
-                loss_mask=mask,
-                advantages=np.where(mask, rng.normal(), 0).astype(np.float32),
-                rollout_logprobs=np.where(mask, rng.normal(-5, 0.1, len(ids)), 0).astype(np.float32),
-                pixel_values=np.concatenate([np.zeros((0, 1176), np.float32), *(pixels[n] for n in images)]),
-                image_grid_thw=np.array([(1, *GRIDS[n]) for n in images], np.int64).reshape(-1, 3),
-            )
-        )
+        shown_pixels = np.concatenate([np.zeros((0, 1176), np.float32), *(pixels[n] for n in images)])
+        grid = np.array([(1, *GRIDS[n]) for n in images], np.int64).reshape(-1, 3)
+        sequences.append(arbitrary_sequence(rng, ids, 4, shown_pixels, grid))
     return sequences
 
 

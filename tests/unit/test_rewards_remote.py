@@ -20,7 +20,7 @@ from megatron_mmrl.rewards.dispatch import Dispatcher
 from megatron_mmrl.rewards.pool import RewardPool, worker_spec
 from megatron_mmrl.rewards.process import Job, WorkerProcess
 from megatron_mmrl.rewards.remote import ENDPOINTS, KEY, Connection, Endpoint, endpoints_of
-from tests.unit.test_rewards_pool import group, is_alive, plugin_dir  # noqa: F401  # a fixture, used by its name
+from tests.unit.test_rewards_pool import group, is_alive
 
 CONFIG = RewardConfig(terms=[RewardTerm(name="odd_rewards:behave")], timeout_s=1.0)
 QUESTION = {
@@ -35,7 +35,7 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture
-def server(plugin_dir: Path) -> Iterator[tuple[subprocess.Popen[str], Endpoint]]:  # noqa: F811
+def server(plugin_dir: Path) -> Iterator[tuple[subprocess.Popen[str], Endpoint]]:
     process = subprocess.Popen(
         [sys.executable, "-m", "megatron_mmrl.rewards.remote_server", "--address", "127.0.0.1"],
         env=environment(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -49,8 +50,13 @@ def changed(*ranks: int, **values: object) -> list[Facts]:
     return [replace(each, **values) if each.rank in ranks else each for each in FACTS]
 
 
-def messages(facts: list[Facts], needs: Needs | None = NEEDS, **more: object) -> list[Finding]:
-    return find(facts, output_dir="runs/x", needs=needs, **more)  # type: ignore[arg-type]
+def messages(
+    facts: list[Facts],
+    needs: Needs | None = NEEDS,
+    settings: Sequence[Mapping[str, str]] = (),
+    speeds: Sequence[GroupSpeed] = (),
+) -> list[Finding]:
+    return find(facts, output_dir="runs/x", needs=needs, settings=settings, speeds=speeds)
 
 
 def test_ranks_that_agree_find_nothing() -> None:
