@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,23 +37,22 @@ def make_sequences(config: Config) -> list[TrainSequence]:
         if number % 2 and prompt >= 5:
             ids[1:5] = facts.image_token_id
             grid = np.array([[1, 4, 4]])
+        text = arbitrary_sequence(rng, ids, response)
         pixels = rng.normal(size=(int(grid.prod(axis=1).sum()), 1176)).astype(np.float32)
-        sequences.append(arbitrary_sequence(rng, ids, response, pixels, grid))
+        sequences.append(replace(text, pixel_values=pixels, image_grid_thw=grid))
     return sequences
 
 
-def arbitrary_sequence(
-    rng: np.random.Generator, ids: NDArray[np.int64], response: int, pixels: NDArray[np.float32], grid: NDArray[np.int64]
-) -> TrainSequence:
-    """Tokens of which the last ``response`` are trained, with log-probs and advantages drawn from ``rng``."""
+def arbitrary_sequence(rng: np.random.Generator, ids: NDArray[np.int64], response: int) -> TrainSequence:
+    """Without images; the last ``response`` tokens are trained, with log-probs and advantages drawn from ``rng``."""
     mask = np.arange(len(ids)) >= len(ids) - response
     return TrainSequence(
         ids=ids,
         loss_mask=mask,
         advantages=np.where(mask, rng.normal(), 0).astype(np.float32),
         rollout_logprobs=np.where(mask, rng.normal(-5, 0.1, len(ids)), 0).astype(np.float32),
-        pixel_values=pixels,
-        image_grid_thw=grid,
+        pixel_values=np.zeros((0, 1176), np.float32),
+        image_grid_thw=np.zeros((0, 3), np.int64),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def make_sequences(config: Config, shown: tuple[tuple[int, ...], ...] = SHOWN) -
         ids = np.concatenate([rng.integers(0, 200, 2), pads, rng.integers(0, 200, 7)])
         shown_pixels = np.concatenate([np.zeros((0, 1176), np.float32), *(pixels[n] for n in images)])
         grid = np.array([(1, *GRIDS[n]) for n in images], np.int64).reshape(-1, 3)
-        sequences.append(arbitrary_sequence(rng, ids, 4, shown_pixels, grid))
+        sequences.append(replace(arbitrary_sequence(rng, ids, 4), pixel_values=shown_pixels, image_grid_thw=grid))
     return sequences
 
 

@@ -108,11 +108,6 @@ def ask_to_save(job: Job) -> None:
     job.slurm.run("scancel", "--signal=USR1", "--batch", str(job.number))
 
 
-def start_now(job: Job) -> None:
-    """Instead of two minutes later, as Slurm starts a job again that was requeued."""
-    job.slurm.run("scontrol", "update", f"JobId={job.number}", "StartTime=now")
-
-
 def test_a_job_that_is_asked_to_save_goes_on_by_itself_to_the_same_end(
     submit: Callable[..., Job], two_rank_run: Run
 ) -> None:
@@ -125,7 +120,6 @@ def test_a_job_that_is_asked_to_save_goes_on_by_itself_to_the_same_end(
     assert 1 <= done < 3
     assert (job.path / "checkpoints" / f"step_{done}").is_dir()
     assert not (job.path / "hf").exists()
-    start_now(job)
     assert job.finish() == "COMPLETED 0:0", job.story()
     assert f"continuing after step {done} of 3" in (job.path / "logs" / "attempt_1" / "job.log").read_text()
     run = Run(path=job.path, output="")

@@ -20,7 +20,8 @@ from megatron_mmrl.lifetime import die_with_parent
 from tests.dist.launch import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
-# cred_expire is also how long a requeued job waits: 120 s by default.
+# cred_expire is also how long a requeued job waits: 120 s by default, at least 5 s. Starting it sooner by hand fails
+# now and then: a node refuses what it was told to end in the same second.
 CONFIG = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -28,7 +29,7 @@ SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={root}/munge/socket,cred_expire=3
+AuthInfo=socket={root}/munge/socket,cred_expire=5
 CredType=cred/munge
 CryptoType=crypto/munge
 StateSaveLocation={root}/state
