@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from megatron_mmrl.types import IMAGE_TAG, Prompt
 
@@ -81,14 +80,6 @@ def record_batch(rows: Sequence[Mapping[str, Any]]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([{"images": images, **arrays}[name] for name in SCHEMA.names], schema=SCHEMA)
 
 
-def from_numpy(values: NDArray[np.int64] | NDArray[np.bool_]) -> pa.Array:
-    """As ``pa.array``, which would first import pandas to ask whether this is a Series: a second, seen in 26.0."""
-    if values.dtype == np.bool_:
-        bits = np.packbits(values, bitorder="little")
-        return pa.BooleanArray.from_buffers(pa.bool_(), len(values), [None, pa.py_buffer(bits)])
-    return pa.Int64Array.from_buffers(pa.int64(), len(values), [None, pa.py_buffer(values)])
-
-
 def question_of(prompt: Prompt) -> str:
     """What the users' turns ask, without image tags."""
     return "\n".join(
@@ -97,16 +88,21 @@ def question_of(prompt: Prompt) -> str:
 
 
 def place(rows: pa.Table, split: str, first_index: int) -> pa.Table:
-    """``rows`` with ``extra_info.split`` and a running ``extra_info.index`` filled in."""
+    """``rows`` with ``extra_info.split`` and a running ``extra_info.index`` filled in.
+
+    Made of buffers: ``pa.array`` and ``set_column`` first import pandas, to ask whether they were given a Series.
+    """
     extra = rows["extra_info"].combine_chunks()
     columns = {field.name: extra.field(number) for number, field in enumerate(_EXTRA)}
     ends = np.arange(len(rows) + 1, dtype=np.int32) * len(split)
     columns["split"] = pa.StringArray.from_buffers(
         len(rows), pa.py_buffer(ends), pa.py_buffer(split.encode() * len(rows))
     )
-    columns["index"] = from_numpy(np.arange(first_index, first_index + len(rows), dtype=np.int64))
+    numbers = np.arange(first_index, first_index + len(rows), dtype=np.int64)
+    columns["index"] = pa.Int64Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(numbers)])
     filled = pa.StructArray.from_arrays(list(columns.values()), fields=list(_EXTRA))
-    return rows.set_column(rows.schema.get_field_index("extra_info"), SCHEMA.field("extra_info"), filled)
+    arrays = [pa.chunked_array([filled]) if name == "extra_info" else rows[name] for name in SCHEMA.names]
+    return pa.Table.from_arrays(arrays, schema=SCHEMA)
 
 
 def _image_column(column: Sequence[Sequence[Mapping[str, bytes]]]) -> pa.ListArray:

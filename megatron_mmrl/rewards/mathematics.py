@@ -22,14 +22,17 @@ _WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sqrt|sin|cos|tan|log|ln)\b)[A-Za-z]{2,
 _TWO_NUMBERS = re.compile(r"\d\s+\d")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{[A-Za-z]+\*?\}")  # whose name is no word
 _ARGUMENT = re.compile(r"\\[dt]?frac\s*\d\s+\d|[_^]\s*\d+")  # \frac 1 2, \log_2 8: no numbers side by side
-# Numbers whose comparison by math-verify (exact, with a decimal point rounded to six places) is that of their values.
+# Numbers whose comparison by math-verify is that of their values, but for a fraction and a decimal that nearly agree:
+# math-verify rounds them to six places, and finds 1/3 and 0.333333 equal.
 _WHOLE = r"(?:0|[1-9][0-9]{0,8})"
 _DECIMAL = re.compile(rf"-?{_WHOLE}(?:\.[0-9]{{1,6}})?")
 _FRACTION = re.compile(
     rf"(?P<sign>-?)(?:(?P<a>{_WHOLE})/(?P<b>[1-9][0-9]{{0,8}})|\\[dt]?frac\{{(?P<c>{_WHOLE})\}}\{{(?P<d>[1-9][0-9]{{0,8}})\}})"
 )
+_NEARLY = Fraction(1, 100_000)  # ten times what the rounding can bridge
 
 
+@lru_cache(maxsize=4096)
 def plain_number(answer: str) -> Fraction | None:
     r"""The value of an ordinary number such as 12, -0.5, 1/2 or \frac{1}{2}, without a parser; else None."""
     if _DECIMAL.fullmatch(answer):
@@ -40,11 +43,15 @@ def plain_number(answer: str) -> Fraction | None:
 
 
 def same_plain_numbers(gold: str, answer: str) -> bool | None:
-    """Whether two ordinary numbers are equal; None where math-verify has to say: 1/3 and 0.333333 are, to it."""
-    if (_FRACTION.fullmatch(gold) or _FRACTION.fullmatch(answer)) and ("." in gold or "." in answer):
+    """Whether two ordinary numbers are equal; None where math-verify has to say."""
+    one, other = plain_number(gold), plain_number(answer)
+    if one is None or other is None:
         return None
-    numbers = plain_number(gold), plain_number(answer)
-    return None if None in numbers else numbers[0] == numbers[1]
+    if one == other:
+        return True
+    both = gold + answer
+    mixed = "." in both and ("/" in both or "frac" in both)
+    return None if mixed and abs(one - other) < _NEARLY else False
 
 
 @lru_cache(maxsize=4096)

@@ -6,13 +6,14 @@ import logging
 import random
 import re
 from collections.abc import Iterator
+from fractions import Fraction
 
 import pytest
 from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
 
 from megatron_mmrl.config.reward import RewardConfig, RewardTerm
 from megatron_mmrl.rewards import mathematics
-from megatron_mmrl.rewards.mathematics import hurry_latex_parser, parse_answer, plain_number
+from megatron_mmrl.rewards.mathematics import hurry_latex_parser, parse_answer, plain_number, same_plain_numbers
 from megatron_mmrl.rewards.pool import RewardPool
 from megatron_mmrl.rewards.registry import REWARDS
 from megatron_mmrl.types import Prompt
@@ -86,6 +87,26 @@ def test_plain_numbers_are_compared_as_math_verify_does(pool: RewardPool) -> Non
     pairs += [(number, number.rstrip("0") if "." in number else f"{number}.0") for number in numbers]
     pairs = [(gold, answer) for gold, answer in pairs if plain_number(gold) is not None]
     assert verdicts(pool, pairs) == [serial(gold, answer) for gold, answer in pairs]
+
+
+def test_fractions_and_decimals_need_math_verify_only_where_they_nearly_agree(pool: RewardPool) -> None:
+    draw = random.Random(3)
+    pairs = [("1/3", "0.333333"), ("2/3", "0.666666"), ("0.5", "1/2"), ("-0.125", "\\frac{1}{8}")]
+    for _ in range(150):
+        places = draw.randrange(1, 7)
+        decimal = (
+            f"{draw.choice(['', '-'])}{draw.randrange(10 ** draw.randrange(9))}.{draw.randrange(10**places):0{places}}"
+        )
+        value, factor = Fraction(decimal), draw.choice([1, 2, 7])
+        near = value + draw.choice([-1, 1]) * Fraction(draw.choice(["0.0000009", "0.00001", "0.000011", "0.001", "1"]))
+        for number in (value, Fraction(round(near * 10**7), 10**7)):
+            fraction = f"{number.numerator * factor}/{number.denominator * factor}"
+            pairs += [(decimal, fraction), (fraction, decimal)]
+    pairs = [(gold, answer) for gold, answer in pairs if plain_number(gold) is not None]
+    assert verdicts(pool, pairs) == [serial(gold, answer) for gold, answer in pairs]
+    told = [same_plain_numbers(gold, answer) for gold, answer in pairs]
+    assert told[:2] == [None, None]
+    assert min(told.count(True), told.count(False), told.count(None)) > 20
 
 
 SHORTCUTS = [
