@@ -45,6 +45,10 @@ class ParallelLayout:
             data=parallel.data_parallel_size,
         )
 
+    def __str__(self) -> str:
+        chunks = f" of {self.virtual_pipeline} chunks" if self.virtual_pipeline > 1 else ""
+        return f"tensor {self.tensor} x pipeline {self.pipeline}{chunks} x context {self.context} x data {self.data}"
+
     @property
     def world_size(self) -> int:
         """Number of ranks."""

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_mmrl.config import ConfigError
 from megatron_mmrl.config.checks import require
 from megatron_mmrl.config.parallel import ParallelConfig
 from megatron_mmrl.parallel import cpu_stand_ins
+from megatron_mmrl.parallel.collectives import Collectives
 from megatron_mmrl.parallel.device import backend, device, on_cuda
 from megatron_mmrl.parallel.layout import ParallelLayout
 from megatron_mmrl.parallel.network import interface_towards, only_meant_here
@@ -27,20 +29,21 @@ def initialize(parallel: ParallelConfig, seed: int, network_interface: str | Non
     between nodes; unset: the one that leads to ``MASTER_ADDR``. ``GLOO_SOCKET_IFNAME`` and ``NCCL_SOCKET_IFNAME`` win.
 
     Raises:
-        ValueError: ``WORLD_SIZE`` is not the product of the parallel sizes, or nothing leads to ``MASTER_ADDR``.
+        ValueError: ``WORLD_SIZE`` is not the product of the parallel sizes, these are not the same on every rank, or
+            nothing leads to ``MASTER_ADDR``.
     """
     layout = ParallelLayout.from_config(parallel)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     require(
         world == layout.world_size,
-        f"WORLD_SIZE={world} processes were started, but the parallel sizes need {layout.world_size} "
-        f"(tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context} x data {layout.data}); start "
+        f"WORLD_SIZE={world} processes were started, but the parallel sizes need {layout.world_size} ({layout}); start "
         f"{layout.world_size} processes or change parallel.data_parallel_size",
     )
     if on_cuda():
         torch.cuda.set_device(device())
     timeout = timedelta(seconds=parallel.timeout_s)
     _join_world(world, timeout, network_interface)
+    _require_one_layout(layout)
     cpu_stand_ins.install()
     _build_megatron_groups(parallel, timeout)
     _seed(seed)
@@ -103,6 +106,19 @@ def _interface_to_master(world: int) -> str:
         "nothing; give node 0's address, or name its interface in cluster.network_interface",
     )
     return interface
+
+
+def _require_one_layout(layout: ParallelLayout) -> None:
+    """Ranks with other sizes would build other groups, each waiting for the others for ever."""
+    ranks = Collectives().all_gather((layout, socket.gethostname()))
+    others = [rank for rank, (theirs, _) in enumerate(ranks) if theirs != ranks[0][0]]
+    if others:
+        (first, host), (other, other_host) = ranks[0], ranks[others[0]]
+        more = f" (and {len(others) - 1} more ranks)" if len(others) > 1 else ""
+        raise ConfigError(
+            f"the parallel sizes are {first} on rank 0 ({host}), but {other} on rank {others[0]} ({other_host}){more}; "
+            "start every rank with the same configuration"
+        )
 
 
 def _build_megatron_groups(parallel: ParallelConfig, timeout: timedelta, *, gloo_groups: bool = True) -> None:

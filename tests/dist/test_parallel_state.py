@@ -1,6 +1,7 @@
 """Joining the world, telling each other objects, and the CPU stand-ins' reach."""
 
 import os
+import socket
 import time
 
 import pytest
@@ -59,6 +60,23 @@ def _join_as(parallel: ParallelConfig) -> str:
 def test_a_world_of_another_size_is_refused_with_both_numbers() -> None:
     messages = run_ranks(_join_as, 2, ParallelConfig(tensor_model_parallel_size=3))
     assert all("WORLD_SIZE=2 processes were started, but the parallel sizes need 3" in message for message in messages)
+
+
+def _join_unlike_the_others(parallel: ParallelConfig, others: ParallelConfig) -> str:
+    return _join_as(parallel if os.environ["RANK"] == "2" else others)
+
+
+def test_ranks_with_other_parallel_sizes_are_named_before_they_wait_for_each_other() -> None:
+    pairs = ParallelConfig(tensor_model_parallel_size=2, data_parallel_size=2)
+    stages = ParallelConfig(pipeline_model_parallel_size=2, data_parallel_size=2)
+    messages = run_ranks(_join_unlike_the_others, 4, stages, pairs)
+    assert len(set(messages)) == 1
+    host = socket.gethostname()
+    assert messages[0] == (
+        f"the parallel sizes are tensor 2 x pipeline 1 x context 1 x data 2 on rank 0 ({host}), "
+        f"but tensor 1 x pipeline 2 x context 1 x data 2 on rank 2 ({host}); "
+        "start every rank with the same configuration"
+    )
 
 
 def _stand_ins() -> None:
