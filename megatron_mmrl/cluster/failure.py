@@ -90,9 +90,12 @@ def run_rank(main: Callable[[], int | None]) -> None:
     launcher = os.environ.get(LAUNCHER_PID)
     die_with_parent(int(launcher) if launcher else None)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a KeyboardInterrupt would wait for the collective it interrupts
-    sys.excepthook = _end_with_cause
-    with failure_recorded():
-        code = main()
+    try:
+        with failure_recorded():
+            code = main()
+    # Not in sys.excepthook: torch.distributed wraps it, and holds back what it prints until it returns.
+    except Exception as error:  # noqa: BLE001  # printing it is the end of this process
+        _end(_as_failure(error))
     if code == EXIT_REQUEUE and FAILURE_DIR in os.environ:
         _stopped_file(Path(os.environ[FAILURE_DIR]), _rank()).touch()
         if OUTPUT_TO_FILES in os.environ:  # torchrun's agent would end the ranks that are still leaving
@@ -183,10 +186,6 @@ def _write_file(path: Path, failure: Failure) -> None:
         draft = path.with_suffix(".tmp")
         draft.write_text(json.dumps(asdict(failure)))
         draft.rename(path)  # appears whole
-
-
-def _end_with_cause(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    _end(_as_failure(error))
 
 
 def _end(failure: Failure) -> NoReturn:

@@ -114,7 +114,7 @@ def _require_one_layout(layout: ParallelLayout) -> None:
     others = [rank for rank, (theirs, _) in enumerate(ranks) if theirs != ranks[0][0]]
     if others:
         (first, host), (other, other_host) = ranks[0], ranks[others[0]]
-        more = f" (and {len(others) - 1} more ranks)" if len(others) > 1 else ""
+        more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
         raise ConfigError(
             f"the parallel sizes are {first} on rank 0 ({host}), but {other} on rank {others[0]} ({other_host}){more}; "
             "start every rank with the same configuration"

@@ -90,15 +90,17 @@ def running(
     *,
     command: Callable[..., list[str]] = our_launcher,
     ranks: int = 1,
+    only_on_last: Sequence[str] = (),
 ) -> Iterator[Nodes]:
-    """The small run on ``machines``, with ``ranks`` on each."""
+    """The small run on ``machines``, with ``ranks`` on each; the last one has more overrides than the others."""
     port = free_port()
-    words = [command(node, len(machines), ranks, machines[0].address, port) for node in range(len(machines))]
-    env = environment()
-    launchers = [
-        machine.start([*line, *arguments(name, overrides)], work_dir, env)
-        for machine, line in zip(machines, words, strict=True)
+    words = [
+        [*command(node, len(machines), ranks, machines[0].address, port), *arguments(name, overrides)]
+        for node in range(len(machines))
     ]
+    env = environment()
+    words[-1] += only_on_last
+    launchers = [machine.start(line, work_dir, env) for machine, line in zip(machines, words, strict=True)]
     nodes = Nodes(path=work_dir / "runs" / name, launchers=launchers)
     try:
         yield nodes
@@ -137,6 +139,19 @@ def test_two_agents_on_loopback_do_what_one_does(work_dir: Path, two_rank_run: R
         ends = nodes.finish()
     assert [code for code, _ in ends] == [0, 0], ends
     assert_same_steps(Run(path=nodes.path, output=""), two_rank_run, 2)
+
+
+def test_agents_with_other_parallel_sizes_end_and_say_so(work_dir: Path) -> None:
+    stages = ("parallel.pipeline_model_parallel_size=2", "parallel.data_parallel_size=1")
+    pair = [Loopback(), Loopback()]
+    with running(work_dir, "disagree", TWO_RANKS, pair, command=plain_torchrun, only_on_last=stages) as nodes:
+        ends = nodes.finish()
+    assert [code for code, _ in ends] == [1, 1]
+    said = [line for _, text in ends for line in text.splitlines() if line.startswith("error: ")]
+    assert said
+    for line in said:
+        assert "error: the parallel sizes are tensor 1 x pipeline 1 x context 1 x data 2 on rank 0 (" in line
+        assert "but tensor 1 x pipeline 2 x context 1 x data 1 on rank 1 (" in line
 
 
 @needs_hosts
