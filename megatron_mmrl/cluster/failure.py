@@ -90,12 +90,9 @@ def run_rank(main: Callable[[], int | None]) -> None:
     launcher = os.environ.get(LAUNCHER_PID)
     die_with_parent(int(launcher) if launcher else None)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a KeyboardInterrupt would wait for the collective it interrupts
-    try:
-        with failure_recorded():
-            code = main()
-    # Not in sys.excepthook: torch.distributed wraps it, and holds back what it prints until it returns.
-    except Exception as error:  # noqa: BLE001  # printing it is the end of this process
-        _end(_as_failure(error))
+    sys.excepthook = _end_with_cause
+    with failure_recorded():
+        code = main()
     if code == EXIT_REQUEUE and FAILURE_DIR in os.environ:
         _stopped_file(Path(os.environ[FAILURE_DIR]), _rank()).touch()
         if OUTPUT_TO_FILES in os.environ:  # torchrun's agent would end the ranks that are still leaving
@@ -188,8 +185,12 @@ def _write_file(path: Path, failure: Failure) -> None:
         draft.rename(path)  # appears whole
 
 
+def _end_with_cause(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    _end(_as_failure(error))
+
+
 def _end(failure: Failure) -> NoReturn:
-    print(f"{failure.traceback}error: {failure}", file=sys.stderr)
     sys.stdout.flush()
-    sys.stderr.flush()
+    # In the place of sys.stderr torch.distributed has a buffer while an excepthook runs, and prints it only after that.
+    print(f"{failure.traceback}error: {failure}", file=sys.__stderr__, flush=True)
     os._exit(failure.exit_code)
