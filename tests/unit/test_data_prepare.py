@@ -18,6 +18,7 @@ import pytest
 
 from megatron_mmrl import cli
 from megatron_mmrl.config.data import DataConfig
+from megatron_mmrl.data import parts
 from megatron_mmrl.data.dataset import PromptDataset
 from megatron_mmrl.data.errors import BadRowError, TooManyBadRowsError
 from megatron_mmrl.data.formats import FORMATS
@@ -106,6 +107,28 @@ def test_the_bytes_do_not_depend_on_the_processes(tmp_path: Path) -> None:
         prepare(options(file, jobs=jobs), tmp_path / f"out{jobs}")
     for name in ("train.parquet", "test.parquet", "prepared.json"):
         assert (tmp_path / "out1" / name).read_bytes() == (tmp_path / "out2" / name).read_bytes()
+
+
+@pytest.mark.parametrize("group_bytes", [1, 4000, 1 << 24])
+def test_rows_come_out_of_every_cut_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group_bytes: int
+) -> None:
+    """Row groups of one cut each (1 byte), of several, and full ones."""
+    monkeypatch.setattr(parts, "_GROUP_BYTES", group_bytes)
+    prepare(options(mm_eureka(tmp_path / "in", 150), test_percent=30.0), tmp_path / "out")
+    for split in ("train", "test"):
+        rows = rows_of(tmp_path / "out", split)
+        numbers = [int(row["extra_info"]["id"][1:]) for row in rows]
+        assert numbers == sorted(numbers)
+        assert [row["extra_info"]["index"] for row in rows] == list(range(len(rows)))
+        for number, row in zip(numbers, rows, strict=True):
+            assert row["extra_info"]["split"] == split
+            assert row["extra_info"]["question"] == f"Question {number}?"
+            assert row["reward_model"]["ground_truth"] == str(number)
+            assert row["images"][0]["bytes"] == (tmp_path / f"in/img/{number}.png").read_bytes()
+    files = [pq.ParquetFile(tmp_path / "out" / f"{split}.parquet").metadata for split in ("train", "test")]
+    assert sum(file.num_rows for file in files) == 150
+    assert (sum(file.num_row_groups for file in files) > 20) == (group_bytes < 1 << 24)
 
 
 def test_row_groups_stay_small(tmp_path: Path) -> None:
